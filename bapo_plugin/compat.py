@@ -1,0 +1,59 @@
+"""Every difference between supported versions and faults of theirs to work around, nothing else."""
+
+from functools import wraps
+from typing import Any
+
+# private in TRL, the same in 1.9 and 1.14: sends a call through the wrapper's forward (DDP, FSDP,
+# DeepSpeed), so that gradient synchronisation and parameter gathering happen
+from trl.models.utils import _ForwardRedirection as ForwardRedirection
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+__all__ = [
+    "ForwardRedirection",
+    "disable_gradient_checkpointing",
+    "keep_4bit_trainable_on_cpu",
+    "route_evaluate_to_plugins",
+    "use_adapter",
+]
+
+
+def route_evaluate_to_plugins() -> None:
+    """Let `axolotl evaluate` load BAPO rows as `train` and `preprocess` do.
+
+    Those two ask plugins for the data sets; `evaluate` (0.19 to 0.21) doesn't. Configurations that
+    are not ours pass through untouched.
+    """
+    from axolotl.common import datasets
+
+    original = datasets.prepare_preference_datasets
+    if getattr(original, "_bapo", False):
+        return
+
+    @wraps(original)
+    def prepare_preference_datasets(cfg, tokenizer):
+        from bapo_plugin.plugin import is_active
+
+        if not is_active(cfg):
+            return original(cfg, tokenizer)
+        from bapo_plugin.data.load import prepare_rows
+
+        return prepare_rows(cfg, tokenizer)
+
+    prepare_preference_datasets._bapo = True
+    datasets.prepare_preference_datasets = prepare_preference_datasets
+
+
+def keep_4bit_trainable_on_cpu(model: Any) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for CPU inference.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks the weights of a 4-bit layer for good at
+    its first forward in eval mode. Its kernel for packed weights has no backward, so after one
+    evaluation every further training step would silently lose the gradient through that layer.
+
+    Args:
+        model: any module; layers on a GPU are left alone.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

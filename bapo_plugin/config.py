@@ -1,0 +1,230 @@
+"""The `bapo:` block of the YAML, and what must hold between it and the rest of the YAML.
+
+Defaults live here and nowhere else. `BAPOConfig` is the block, `check_config` refuses what cannot
+work together, with the line that mends it, before axolotl validates the rest.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bapo_plugin.loss import (
+    PREFERENCE_LOSSES,
+    SMOOTHED_LOSSES,
+    AnchorLoss,
+    AnchorPlacement,
+    AnchorReduction,
+)
+
+
+class BAPOConfig(BaseModel):
+    """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor_weight: float = Field(
+        default=0.1,
+        ge=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "Weight λ of the anchor. The preference loss can gain at most β (rl_beta, default 0.1) "
+            "for each nat of log-probability, so an anchor with λ = β outweighs it on the base response as soon "
+            "as that response has lost likelihood, and costs nothing before. 0 gives DPO."
+        },
+    )
+    anchor_loss: AnchorLoss = Field(
+        default="hinge",
+        json_schema_extra={
+            "description": "Penalty on the drift Δ of the base response: hinge max(0, −Δ), absolute |Δ|, "
+            "squared Δ², nll −log π(y_b|x)."
+        },
+    )
+    anchor_reduction: AnchorReduction = Field(
+        default="sum",
+        json_schema_extra={
+            "description": "sum: anchor the log-probability of the whole base response (nats). mean: its mean "
+            "over tokens, so that long responses weigh no more than short ones."
+        },
+    )
+    anchor_placement: AnchorPlacement = Field(
+        default="additive",
+        json_schema_extra={
+            "description": "additive: loss = preference + λ·A. margin: λ·A is subtracted from the margin inside "
+            "the preference loss, as in DPOP."
+        },
+    )
+    field_base: str | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={
+            "description": "Column with the base response, for every data set that has no `field_base` of its "
+            "own: a string, a message or a list of messages (its last one is taken). Default: base"
+        },
+    )
+    dataset_field_base: dict[str, list[str | None]] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Filled in by the plugin from `field_base` of each entry in `datasets:` and "
+            "`test_datasets:`; do not set it."
+        },
+    )
+
+    @model_validator(mode="after")
+    def _nll_is_additive(self):
+        if self.anchor_loss == "nll" and self.anchor_placement == "margin":
+            raise ValueError(
+                "anchor_loss: nll is not zero before training, so inside the margin it would drown the "
+                "preference; set anchor_placement: additive, or another anchor_loss"
+            )
+        return self
+
+
+class BAPOArgs(BaseModel):
+    """What the plugin adds to axolotl's own schema."""
+
+    bapo: BAPOConfig | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Base-Anchored Preference Optimization, with `rl: bapo`."
+        },
+    )
+
+
+def parse_block(block: Any) -> BAPOConfig:
+    """Validate the `bapo:` block; every problem is named in one ValueError."""
+    if isinstance(block, BAPOConfig):
+        return block
+    if block is not None and not isinstance(block, Mapping):
+        raise ValueError(
+            f"bapo: must be a block of settings, got {block!r}. Write for example\nbapo:\n  anchor_weight: 0.1"
+        )
+    try:
+        return BAPOConfig.model_validate(dict(block or {}))
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(["bapo", *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), BAPOConfig.model_fields, n=1)
+        known = ", ".join(k for k in BAPOConfig.model_fields if k != "dataset_field_base")
+        hint = f"did you mean {near[0]}?" if near else f"known keys are {known}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
+
+
+# DPO settings that can't be honoured when only response tokens reach the vocabulary projection, or
+# that ask for another loss. key -> why and what to do instead
+_REFUSED = {
+    "dpo_use_weighting": "WPO weights need the logits of every token, which BAPO never forms; remove the line",
+    "dpo_use_liger_kernel": "BAPO has a log-prob kernel of its own; remove the line",
+    "dpo_padding_free": "TRL ignores it and BAPO lays out its own batches; remove the line",
+    "dpo_ld_alpha": "length-desensitised log-probs have no anchored form; remove the line",
+    "dpo_norm_loss": "use `dpo_loss_type: [sigmoid_norm]` or [ipo], which divide by the length",
+    "rpo_alpha": "axolotl ignores it; to keep likelihood up use the anchor (bapo.anchor_weight)",
+    "sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
+    "eval_sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
+    "streaming": "rows must be checked and tokenised before training; remove the line",
+    "precompute_ref_log_probs": "this version computes the reference in each step; remove the line",
+    "torch_compile": "compiling the model is not supported by this version; remove the line",
+}
+
+
+def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
+    """Check the raw YAML of an `rl: bapo` run.
+
+    Args:
+        cfg: the YAML as a mapping, before axolotl validates it.
+
+    Returns:
+        The parsed `bapo:` block.
+
+    Raises:
+        ValueError: one message that lists every contradiction: key, value, why, remedy.
+    """
+    problems: list[str] = []
+    bapo = BAPOConfig()
+    try:
+        bapo = parse_block(cfg.get("bapo"))
+    except ValueError as error:
+        problems.append(str(error))
+
+    trl = cfg.get("trl") or {}
+    # named first: it says more than the refusal of precompute_ref_log_probs alone
+    if cfg.get("precompute_ref_log_probs") and trl.get("sync_ref_model"):
+        problems.append(
+            "precompute_ref_log_probs: true and trl.sync_ref_model: true contradict each other: log-probs of a "
+            "reference that changes can't be computed in advance; remove one of the two lines"
+        )
+    elif trl.get("sync_ref_model"):
+        problems.append(
+            "trl.sync_ref_model: true moves the reference, but BAPO anchors to what the model answered before "
+            "training; remove the line"
+        )
+    for key, why in _REFUSED.items():
+        if cfg.get(key):
+            problems.append(f"{key}: {cfg[key]} does not work with rl: bapo: {why}")
+    problems += _check_preference_loss(cfg)
+    if (cfg.get("context_parallel_size") or cfg.get("sequence_parallel_degree") or 1) > 1:
+        problems.append(
+            "context_parallel_size > 1 would split a response over GPUs; remove the line"
+        )
+    if not cfg.get("adapter") and (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
+        key, adapter = (
+            ("load_in_4bit", "qlora") if cfg.get("load_in_4bit") else ("load_in_8bit", "lora")
+        )
+        problems.append(
+            f"{key}: true without an adapter: quantised weights can't be trained; set `adapter: {adapter}`"
+        )
+    if not cfg.get("datasets"):
+        problems.append("datasets: is empty; name at least one preference data set")
+    if problems:
+        raise ValueError("rl: bapo can't run with this configuration:\n- " + "\n- ".join(problems))
+    return bapo
+
+
+def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    trl = cfg.get("trl") or {}
+    beta = cfg.get("rl_beta") if cfg.get("rl_beta") is not None else trl.get("beta")
+    if beta is not None and not (_is_number(beta) and beta > 0):
+        problems.append(f"rl_beta: {beta!r} must be a number above 0; the usual value is 0.1")
+    loss_types = cfg.get("dpo_loss_type") or ["sigmoid"]
+    loss_types = [loss_types] if isinstance(loss_types, str) else list(loss_types)
+    for name in loss_types:
+        if name not in PREFERENCE_LOSSES:
+            problems.append(
+                f"dpo_loss_type: {name!r} is not a function of the margin between chosen and rejected; "
+                f"possible are {', '.join(PREFERENCE_LOSSES)}"
+            )
+    smoothing = cfg.get("dpo_label_smoothing") or 0
+    if not (_is_number(smoothing) and 0 <= smoothing < 0.5):
+        problems.append(f"dpo_label_smoothing: {smoothing!r} must be a number in [0, 0.5)")
+    elif smoothing:
+        for name in set(loss_types) & (set(PREFERENCE_LOSSES) - set(SMOOTHED_LOSSES)):
+            problems.append(
+                f"dpo_label_smoothing: {smoothing} has no meaning for dpo_loss_type {name!r}; remove it, or use "
+                f"one of {', '.join(SMOOTHED_LOSSES)}"
+            )
+    elif "exo_pair" in loss_types:
+        problems.append(
+            "dpo_loss_type: exo_pair needs `dpo_label_smoothing: 0.001` (or another > 0)"
+        )
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class BAPOTrainingArgs:
+    """Carries the `bapo:` block to the trainer (`args.bapo`), as plain values that serialise."""
+
+    bapo: dict[str, Any] | None = None

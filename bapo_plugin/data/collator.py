@@ -1,0 +1,68 @@
+"""Rows to tensors: the padded layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bapo_plugin.data.rows import RESPONSES
+
+
+@dataclass
+class PaddedCollator:
+    """Each prompt with each of its three responses as one padded row; responses also as flat lists.
+
+    A batch of n rows becomes 3n sequences: all chosen, then all rejected, then all base. Besides the
+    model's input it holds where the response tokens are, so that nothing else reaches the vocabulary
+    projection: hidden state `response_index[t]` (an index into the flattened [3n · L] positions)
+    predicts `response_labels[t]`, and sequence s owns t in [cu_seqlens[s], cu_seqlens[s + 1]).
+
+    Args:
+        pad_token_id: fills up on the right; it is masked out.
+        pad_to_multiple_of: round L up to a multiple.
+
+    Example:
+        >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
+        >>> batch = PaddedCollator(pad_token_id=0)(rows)
+        >>> batch["input_ids"].tolist()
+        [[1, 2, 3, 4], [1, 2, 5, 0], [1, 2, 6, 7]]
+        >>> batch["response_index"].tolist()
+        [1, 2, 5, 9, 10]
+        >>> batch["response_labels"].tolist(), batch["cu_seqlens"].tolist()
+        ([3, 4, 5, 6, 7], [0, 2, 3, 5])
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
+        cu_seqlens [3n + 1] int32."""
+        prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
+        responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
+        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        if self.pad_to_multiple_of:
+            longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        input_ids = torch.full((len(prompts), longest), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        index, cu_seqlens = [], [0]
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            end = len(prompt) + len(response)
+            input_ids[i, :end] = torch.tensor(prompt + response)
+            attention_mask[i, :end] = 1
+            # the hidden state one position earlier predicts the token
+            index.append(torch.arange(len(prompt) - 1, end - 1) + i * longest)
+            cu_seqlens.append(cu_seqlens[-1] + len(response))
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "response_index": torch.cat(index),
+            "response_labels": torch.tensor([t for response in responses for t in response]),
+            "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
+        }
+
+
+def num_rows(batch: dict[str, torch.Tensor]) -> int:
+    """Preference rows in a collated batch."""
+    return (batch["cu_seqlens"].numel() - 1) // len(RESPONSES)

@@ -1,0 +1,267 @@
+"""The data sets of a configuration, as tokenised rows.
+
+axolotl loads (local files, hub, cloud), renders, merges, shuffles and splits; in between, every row
+is checked, gets its base response rendered and is tokenised. All faulty rows are reported in one
+message before a model is loaded. The result is kept under `dataset_prepared_path`, under a key of
+everything that it depends on: the data, the strategy, the tokenizer, the length policy, our version.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.loaders import load_tokenizer
+from axolotl.prompt_strategies.dpo import load as load_strategy
+from axolotl.utils.data.lock import FileLockLoader
+from axolotl.utils.data.shared import (
+    create_train_validation_split,
+    datasets_with_name_generator,
+    load_dataset_with_config,
+    merge_datasets,
+)
+from axolotl.utils.data.utils import deduplicate_and_log_datasets
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_from_disk
+from datasets.fingerprint import Hasher
+
+from bapo_plugin import __version__
+from bapo_plugin.data.formats import BaseRenderer, RowError
+from bapo_plugin.data.rows import RESPONSES, fit_length, tokenize_row
+
+LOG = get_logger("axolotl." + __name__)
+
+SHOWN_PROBLEMS = 10
+_TEXTS = ("prompt", *RESPONSES)
+_IDS = tuple(f"{name}_ids" for name in _TEXTS)
+# given to `map` because it would keep the source's type for a column of the same name
+_FEATURES = Features(
+    {name: Value("string") for name in (*_TEXTS, "length", "problem")}
+    | {name: Sequence(Value("int64")) for name in _IDS}
+)
+
+
+class Source(NamedTuple):
+    """One data set of the YAML: its name in messages, raw rows, and how to render them."""
+
+    name: str
+    rows: Dataset
+    renderer: BaseRenderer
+
+
+def load_datasets(cfg: Any) -> TrainDatasetMeta:
+    """Rows for training and evaluation, in the form axolotl's `train` takes them from a plugin."""
+    train, evaluation = prepare_rows(cfg, load_tokenizer(cfg))
+    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+    return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
+
+
+def prepare_rows(cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Tokenised rows of `datasets:` and of `test_datasets:` or the `val_set_size` share.
+
+    Columns: prompt, chosen, rejected, base (text as rendered), prompt_ids, chosen_ids,
+    rejected_ids, base_ids (list of int).
+
+    Raises:
+        ValueError: faulty rows (all of them in one message), rows over `sequence_len` with
+            `excess_length_strategy: raise`, a data set without its split, or no row left.
+    """
+
+    def load() -> tuple[Dataset, Dataset | None]:
+        train = _load_split(cfg, tokenizer, "datasets")
+        if cfg.test_datasets:
+            return train, _load_split(cfg, tokenizer, "test_datasets")
+        if size := cfg.val_set_size:
+            # axolotl makes a float of it, with which `datasets` refuses a number of rows
+            return create_train_validation_split(train, cfg, int(size) if size >= 1 else size)
+        return train, None
+
+    loader = FileLockLoader(cfg)  # the first rank does the work, the others take what it stored
+    try:
+        train, evaluation = loader.load(load)
+    finally:
+        loader.cleanup()
+    if cfg.dataset_exact_deduplication:
+        train, evaluation = deduplicate_and_log_datasets(dataset=train, other_dataset=evaluation)
+    return train, evaluation
+
+
+def _load_split(cfg: Any, tokenizer: Any, split: str) -> Dataset:
+    sources = _sources(cfg, tokenizer, split)
+    root = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+    path = root / f"bapo-{split}-{_cache_key(cfg, tokenizer, sources)}"
+    keep = not cfg.skip_prepare_dataset
+    if keep and path.exists() and not cfg.is_preprocess:
+        LOG.info(f"Loading prepared rows of {split} from {path}")
+        return load_from_disk(str(path))
+    rows = merge_datasets(_build(cfg, tokenizer, sources), cfg)
+    if keep:
+        _save(rows, path)
+    return rows
+
+
+def _sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
+    field_base = (cfg.bapo.get("dataset_field_base") or {}).get(split) or []
+    sources = []
+    for i, entry in enumerate(cfg[split]):
+        renderer = BaseRenderer(
+            _transform(cfg, tokenizer, split, i),
+            field_base=(field_base[i] if i < len(field_base) else None)
+            or cfg.bapo.get("field_base")
+            or "base",
+            field_chosen=_field(entry, "field_chosen"),
+        )
+        for config in datasets_with_name_generator([entry]):
+            rows = load_dataset_with_config(config, cfg.hf_use_auth_token, streaming=False)
+            name = f"{split}[{i}] ({entry.path})"
+            if isinstance(rows, DatasetDict):
+                if "train" not in rows:
+                    raise ValueError(
+                        f"{name} has no split 'train' but {', '.join(rows)}: name one with `split:`"
+                    )
+                rows = rows["train"]
+            if len(rows) == 0:
+                raise ValueError(f"{name} has no rows: check the file and `split:`")
+            sources.append(Source(name, rows, renderer))
+    return sources
+
+
+def _field(entry: Any, key: str) -> str | None:
+    inner = entry.get("type")
+    return (inner.get(key) if isinstance(inner, dict) else None) or entry.get(key)
+
+
+def _transform(cfg: Any, tokenizer: Any, split: str, index: int) -> Any:
+    """The data set's own prompt strategy, bound to the tokenizer."""
+    kind = cfg[split][index].get("type")
+    if not kind:
+        return lambda row: row  # no type: the columns are rendered already
+    if isinstance(kind, dict):
+        kind = "user_defined.default"
+    # strategies read cfg.datasets[index], also for a test data set
+    own = DictDefault({**cfg, "datasets": cfg[split]})
+    strategy = load_strategy(kind, own, dataset_idx=index)
+    if isinstance(strategy, tuple):
+        strategy = strategy[0]
+    if strategy is None:
+        raise ValueError(
+            f"{split}[{index}].type: {kind!r} is not a DPO prompt strategy of axolotl or of yours "
+            "(the warning above has the reason); examples are chat_template.default, chatml.intel"
+        )
+    if "tokenizer" in inspect.signature(strategy).parameters:
+        strategy = partial(strategy, tokenizer=tokenizer)
+    return strategy
+
+
+def _build(cfg: Any, tokenizer: Any, sources: list[Source]) -> list[Dataset]:
+    strategy = str(cfg.excess_length_strategy or "drop").lower()
+    built, problems = [], []
+    for source in sources:
+        rows = source.rows.map(
+            partial(_prepare, source.renderer, tokenizer, cfg.sequence_len, strategy),
+            remove_columns=source.rows.column_names,
+            features=_FEATURES,
+            num_proc=_num_proc(cfg, len(source.rows)),
+            load_from_cache_file=False,
+            desc=f"Rendering and tokenising {source.name}",
+        )
+        faulty = [(i, text) for i, text in enumerate(rows["problem"], start=1) if text]
+        if faulty:
+            problems.append(_report(source.name, faulty, len(rows)))
+        elif strategy == "raise" and "long" in rows["length"]:
+            long = [i for i, length in enumerate(rows["length"], start=1) if length == "long"]
+            problems.append(_report_long(source.name, long, rows, cfg.sequence_len))
+        built.append((source.name, rows))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return [_apply_policy(name, rows, cfg.sequence_len) for name, rows in built]
+
+
+def _prepare(renderer: Any, tokenizer: Any, limit: int, strategy: str, row: dict) -> dict:
+    out: dict[str, Any] = dict.fromkeys(_TEXTS, "") | {name: [] for name in _IDS}
+    try:
+        texts = renderer(row)
+        ids, length = fit_length(tokenize_row(texts, tokenizer), limit, strategy)
+        return out | texts | ids | {"length": length, "problem": ""}
+    except RowError as error:
+        return out | {"length": "", "problem": str(error)}
+
+
+def _apply_policy(name: str, rows: Dataset, limit: int) -> Dataset:
+    """Drop what is marked "long", say how many rows were touched, remove the marks."""
+    lengths = rows["length"]
+    cut, long = lengths.count("cut"), lengths.count("long")
+    if cut or long:
+        LOG.warning(
+            f"{name}: sequence_len {limit}, counting chosen, rejected and base: {cut} rows cut, "
+            f"{long} dropped, {len(rows) - cut - long} untouched"
+        )
+    if long == len(rows):
+        raise ValueError(
+            f"{name}: all {long} rows are longer than sequence_len: {limit}; raise sequence_len or set "
+            "`excess_length_strategy: truncate`"
+        )
+    if long:
+        rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
+    return rows.remove_columns(["length", "problem"])
+
+
+def _report(name: str, faulty: list[tuple[int, str]], total: int) -> str:
+    lines = [f"{name}: {len(faulty)} of {total} rows can't be used (rows counted from 1):"]
+    lines += [f"  row {i}: {text}" for i, text in faulty[:SHOWN_PROBLEMS]]
+    if len(faulty) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(faulty) - SHOWN_PROBLEMS} more")
+    return "\n".join(lines)
+
+
+def _report_long(name: str, long: list[int], rows: Dataset, limit: int) -> str:
+    faulty = []
+    for i in long:
+        row = rows[i - 1]
+        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(row[key])}" for key in _IDS)
+        faulty.append((i, f"{tokens} tokens: prompt + response is over sequence_len: {limit}"))
+    return (
+        _report(name, faulty, len(rows))
+        + "\n  Raise sequence_len, or set `excess_length_strategy: drop` or `truncate`."
+    )
+
+
+def _num_proc(cfg: Any, total: int) -> int | None:
+    workers = min(cfg.dataset_num_proc or 1, total // 256)  # a process costs more than 256 rows
+    return workers if workers > 1 else None
+
+
+def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source]) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        __version__,
+        [
+            (s.name, s.rows._fingerprint, s.renderer.field_base, s.renderer.source())
+            for s in sources
+        ],
+        [cfg.sequence_len, str(cfg.excess_length_strategy), cfg.seed, cfg.shuffle_merged_datasets],
+        [cfg.shuffle_before_merging_datasets, cfg.curriculum_sampling],
+        [cfg.chat_template, cfg.chat_template_jinja, cfg.default_system_message],
+        [dict(entry) for split in ("datasets", "test_datasets") for entry in cfg[split] or []],
+        [type(tokenizer).__name__, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)],
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+    ]
+    return Hasher.hash(json.dumps(parts, default=str, sort_keys=True))
+
+
+def _save(rows: Dataset, path: Path) -> None:
+    """Store under a temporary name first: a run that is killed leaves no half-written rows."""
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        rows.save_to_disk(str(partial_path))
+        shutil.rmtree(path, ignore_errors=True)
+        partial_path.rename(path)
+    finally:
+        shutil.rmtree(partial_path, ignore_errors=True)

@@ -1,0 +1,220 @@
+"""One forward pass of a causal LM to the log-probabilities of response tokens, without logits.
+
+The model's own forward runs as it is; only its output head (`lm_head`) is replaced for the moment of
+the call. The replacement sees the very hidden states that the head would see, picks the rows that
+predict response tokens and hands them to `bapo_kernels`, so neither prompt nor padding reaches the
+vocabulary projection and no [tokens × vocabulary] matrix is made. This holds for every model class
+and every wrapper (PEFT, DDP, quantisation, checkpointing), since nothing is assumed of the backbone.
+
+What a model does *after* its head must be known: Gemma caps logits, Cohere and Granite scale them.
+That is read from the config and then verified: on the first call the replaced head returns probe
+values, and what the model makes of them must be what we expect. A head or a family for which this
+does not hold (an adapter on the head, a quantised head, an unknown transformation) takes the plain
+path: the model's own logits, of response tokens only, in fp32.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bapo_kernels import sequence_logprobs
+from bapo_plugin.compat import ForwardRedirection
+
+# values for the probe that bf16 and fp16 represent exactly
+_PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
+_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens")
+
+
+class ForwardOutput(NamedTuple):
+    """`logps` [S] fp32, nats summed over each sequence's response tokens; `aux_loss` of MoE routers,
+    a scalar, or None."""
+
+    logps: Tensor
+    aux_loss: Tensor | None
+
+
+class _Head(NamedTuple):
+    """How logits come from hidden states: softcap · tanh(scale · (h W^T + b) / softcap)."""
+
+    scale: float
+    softcap: float | None
+
+
+class ResponseForward:
+    """Callable (model, batch) -> `ForwardOutput`.
+
+    Args:
+        log: told, once per model and in one line, when the plain path is taken and why.
+        backend: of `bapo_kernels.sequence_logprobs`.
+    """
+
+    def __init__(self, log: Callable[[str], None], backend: str = "auto"):
+        self._log = log
+        self._backend = backend
+        # model -> its head, or the reason for the plain path
+        self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
+        self._redirect = ForwardRedirection()
+
+    def __call__(
+        self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Tensor], **model_kwargs: Any
+    ) -> ForwardOutput:
+        """Log-probs of the batch's S sequences under the model.
+
+        Args:
+            model: as the trainer calls it, perhaps wrapped (DDP, FSDP, DeepSpeed).
+            unwrapped: the model inside.
+            batch: see `bapo_plugin.data.collator`.
+            model_kwargs: more keyword arguments of the model's forward.
+
+        Raises:
+            RuntimeError: the model never called its output head.
+        """
+        inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL}
+        inputs |= {"use_cache": False} | model_kwargs
+
+        # what the wrapper's forward returns must hold our result: DDP looks there for the parameters
+        # that took part
+        def run(**kwargs: Any) -> ForwardOutput:
+            return self._forward(unwrapped, batch, kwargs)
+
+        if model is unwrapped:
+            return run(**inputs)
+        return self._redirect(model, unwrapped, run, **inputs)
+
+    def _forward(self, model: nn.Module, batch: dict, kwargs: dict) -> ForwardOutput:
+        head = model.get_output_embeddings()
+        spec = self._heads.get(model)
+        if spec is None:
+            spec = self._heads[model] = self._inspect(model, head, kwargs)
+            if isinstance(spec, str):
+                self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
+        # an adapter may have put another head in place (modules_to_save)
+        if isinstance(spec, str) or not _is_plain_linear(head):
+            return self._from_logits(model, head, batch, kwargs)
+        return self._from_kernel(model, head, spec, batch, kwargs)
+
+    def _inspect(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
+        """Find out what the model does after its head; a string says why the plain path is needed."""
+        if not _is_plain_linear(head):
+            return f"its output head is a {type(head).__name__}, not a plain linear layer"
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        spec = _Head(scale, float(softcap) if softcap else None)
+
+        def probe(hidden: Tensor) -> Tensor:
+            return torch.tensor(_PROBE, device=hidden.device, dtype=hidden.dtype).view(1, 1, -1)
+
+        try:
+            # two tokens are enough to pass through every layer
+            short = {
+                k: v[:1, :2] if isinstance(v, Tensor) and v.dim() > 1 else v
+                for k, v in kwargs.items()
+            }
+            with torch.no_grad(), _replaced(head, probe):
+                seen = model(**short).logits
+            expected = torch.tensor(_PROBE, device=seen.device) * spec.scale
+            if spec.softcap:
+                expected = spec.softcap * torch.tanh(expected / spec.softcap)
+            if torch.allclose(seen.float().view(-1), expected, rtol=0.02, atol=1e-3):
+                return spec
+        except Exception as error:  # a model that inspects its own logits
+            return (
+                f"{type(model).__name__} failed on probe logits ({type(error).__name__}: {error})"
+            )
+        return f"{type(model).__name__} transforms its logits in a way that its config doesn't name"
+
+    def _from_kernel(
+        self, model: nn.Module, head: nn.Linear, spec: _Head, batch: dict, kwargs: dict
+    ) -> ForwardOutput:
+        found: list[Tensor] = []
+
+        def score(hidden: Tensor) -> Tensor:
+            states = _response_states(hidden, batch)
+            logps = sequence_logprobs(
+                states.to(head.weight.dtype),
+                head.weight,
+                batch["response_labels"],
+                batch["cu_seqlens"],
+                bias=head.bias,
+                logit_scale=spec.scale,
+                logit_softcap=spec.softcap,
+                backend=self._backend,
+            )
+            found.append(logps.sum)
+            return hidden.new_zeros(1, 1, 1)
+
+        with _replaced(head, score):
+            outputs = model(**kwargs)
+        if len(found) != 1:
+            raise RuntimeError(
+                f"{type(model).__name__} called its output head {len(found)} times, not once"
+            )
+        return ForwardOutput(found[0], getattr(outputs, "aux_loss", None))
+
+    def _from_logits(
+        self, model: nn.Module, head: nn.Module, batch: dict, kwargs: dict
+    ) -> ForwardOutput:
+        forward = head.forward
+        called = []
+
+        def project(hidden: Tensor) -> Tensor:
+            called.append(True)
+            return forward(_response_states(hidden, batch)).unsqueeze(0)  # [1, T, V]
+
+        with _replaced(head, project):
+            outputs = model(**kwargs)
+        if len(called) != 1:
+            raise RuntimeError(
+                f"{type(model).__name__} called its output head {len(called)} times, not once"
+            )
+        logits = outputs.logits[0]
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        logps = torch.log_softmax(logits, dim=-1)  # [T, V]
+        token_logps = logps.gather(1, batch["response_labels"].unsqueeze(1)).squeeze(1)
+        lengths = batch["cu_seqlens"].diff().long()
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        sums = token_logps.new_zeros(len(lengths)).index_add(0, owner, token_logps)
+        return ForwardOutput(sums, getattr(outputs, "aux_loss", None))
+
+
+def _response_states(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """[T, H], the states that predict response tokens, out of the head's input [B, L, H]."""
+    if hidden.shape[:-1] != batch["input_ids"].shape:
+        raise RuntimeError(
+            f"the output head got states of shape {tuple(hidden.shape)} for input_ids of shape "
+            f"{tuple(batch['input_ids'].shape)}: the model adds or drops positions (prompt tuning does), "
+            "and then BAPO can't tell which of them are response tokens; use a LoRA-like adapter"
+        )
+    return hidden.reshape(-1, hidden.shape[-1])[batch["response_index"]]
+
+
+def _is_plain_linear(head: Any) -> bool:
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)  # hooks of accelerate that move weights in and out
+        and head.weight.is_floating_point()
+        and head.weight.device.type != "meta"
+    )
+
+
+@contextmanager
+def _replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]):
+    """Let `head(...)` run `forward`; hooks of the module still run."""
+    missing = object()
+    before = vars(head).get("forward", missing)
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del head.forward
+        else:
+            head.forward = before

@@ -1,0 +1,225 @@
+"""The BAPO loss, as pure functions of log-probabilities. Start reading here.
+
+Symbols (all log-probabilities in nats, summed over the tokens of a response; n preference rows):
+
+    y_w, y_l, y_b   chosen, rejected and base response; the base response is what the reference
+                    model itself answered to the prompt before training
+    Δ_r             log π_θ(y_r|x) − log π_ref(y_r|x): how far the policy drifted on response r
+    δ = Δ_w − Δ_l   the margin; every supported preference loss is a function of δ alone
+
+    L(θ) = L_pref(δ) + λ · mean A(Δ_b)           anchor_placement="additive"   (default)
+    L(θ) = L_pref(δ − λ · A(Δ_b))                anchor_placement="margin"     (as in DPOP)
+
+    A(Δ) = max(0, −Δ)  "hinge" (default)  |  |Δ|  "absolute"  |  Δ²  "squared"  |  −log π_θ(y_b|x)  "nll"
+
+The preference loss pulls the policy to the user's taste; the anchor A holds the likelihood of the
+model's own former answer to what it was. All forms but "nll" have zero gradient at θ = θ_ref: the
+anchor acts only once the policy has drifted.
+
+Sources: BAPO, Lee et al., Findings of EMNLP 2024 (arXiv 2407.00693); DPO, Rafailov et al. 2023
+(2305.18290); IPO, Azar et al. 2023 (2310.12036); robust DPO, Chowdhury et al. 2024 (2403.00409);
+EXO, Ji et al. 2024 (2402.00856); SLiC hinge, Zhao et al. 2023 (2305.10425); margin placement: DPOP,
+Pal et al. 2024 (2402.13228).
+
+Example:
+    >>> import torch
+    >>> policy = ResponseLogps(torch.tensor([-9.0]), torch.tensor([-12.0]), torch.tensor([-7.0]))
+    >>> reference = ResponseLogps(torch.tensor([-10.0]), torch.tensor([-11.0]), torch.tensor([-5.0]))
+    >>> out = bapo_loss(policy, reference, beta=0.1, anchor_weight=0.1)
+    >>> # margin 2 nats: -log σ(0.1·2) = 0.5981; base drifted by -2 nats: 0.1·2 = 0.2
+    >>> [round(x.item(), 4) for x in (out.preference, out.anchor, out.loss)]
+    [0.5981, 0.2, 0.7981]
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AnchorLoss = Literal["hinge", "absolute", "squared", "nll"]
+AnchorReduction = Literal["sum", "mean"]
+AnchorPlacement = Literal["additive", "margin"]
+PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair"]
+
+ANCHOR_LOSSES: tuple[str, ...] = get_args(AnchorLoss)
+ANCHOR_PLACEMENTS: tuple[str, ...] = get_args(AnchorPlacement)
+ANCHOR_REDUCTIONS: tuple[str, ...] = get_args(AnchorReduction)
+PREFERENCE_LOSSES: tuple[str, ...] = get_args(PreferenceLoss)
+# The preference losses in which label smoothing (the share of flipped labels) has a meaning.
+SMOOTHED_LOSSES: tuple[str, ...] = ("sigmoid", "robust", "exo_pair")
+
+
+class ResponseLogps(NamedTuple):
+    """One number per row for each of the three responses: log-probs (nats) or token counts.
+
+    Fields: `chosen`, `rejected`, `base`, each of shape [n].
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    base: Tensor
+
+
+class BAPOLoss(NamedTuple):
+    """What `bapo_loss` returns, per row (shape [n]), so that the caller decides how to average.
+
+    `loss` carries the gradient and always equals `preference + anchor`. `active` is 1.0 where the
+    anchor pulls (its gradient is not zero), else 0.0.
+    """
+
+    loss: Tensor
+    preference: Tensor
+    anchor: Tensor
+    active: Tensor
+
+
+def preference_loss(
+    margin: Tensor, loss_type: str, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Preference loss per row, as a function of the margin δ = Δ_w − Δ_l.
+
+    Args:
+        margin: [n], nats. For "ipo" and "sigmoid_norm" the difference of the *per-token means* of
+            Δ_w and Δ_l (as in TRL); see `bapo_loss`, which chooses.
+        loss_type: one of `PREFERENCE_LOSSES`.
+        beta: β > 0, the inverse temperature; for "ipo" it is τ of the paper's eq. 17.
+        label_smoothing: probability ε in [0, 0.5) that a label is flipped. "sigmoid" becomes
+            conservative DPO, "robust" its unbiased form; "exo_pair" needs ε > 0.
+
+    Raises:
+        ValueError: unknown `loss_type`, or a `label_smoothing` the loss has no meaning for.
+    """
+    if loss_type not in PREFERENCE_LOSSES:
+        raise ValueError(
+            f"loss_type {loss_type!r} is not a function of the margin of a pair; possible are "
+            f"{', '.join(PREFERENCE_LOSSES)}"
+        )
+    if label_smoothing and loss_type not in SMOOTHED_LOSSES:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} has no meaning for loss_type {loss_type!r}; it is "
+            f"defined for {', '.join(SMOOTHED_LOSSES)}"
+        )
+    z = beta * margin
+    if loss_type == "hinge":
+        return torch.relu(1 - z)
+    if loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+
+    keep, flip = -F.logsigmoid(z), -F.logsigmoid(-z)  # the losses if the label is right / flipped
+    eps = label_smoothing
+    if loss_type == "robust":
+        return ((1 - eps) * keep - eps * flip) / (1 - 2 * eps)
+    if loss_type == "exo_pair":
+        if not 0 < eps < 1:
+            raise ValueError(
+                "loss_type 'exo_pair' needs label_smoothing > 0 (the EXO paper recommends 1e-3)"
+            )
+        log_p = torch.log(torch.tensor([1 - eps, eps], dtype=z.dtype, device=z.device))
+        return torch.sigmoid(z) * (-keep - log_p[0]) + torch.sigmoid(-z) * (-flip - log_p[1])
+    return (1 - eps) * keep + eps * flip  # sigmoid, sigmoid_norm
+
+
+def anchor_penalty(drift: Tensor, policy_logps: Tensor, anchor_loss: str) -> Tensor:
+    """A(Δ_b) per row, not yet weighted.
+
+    Args:
+        drift: Δ_b, [n], nats (per response, or per token with anchor_reduction="mean").
+        policy_logps: log π_θ(y_b|x), [n], in the same unit; only "nll" reads it.
+        anchor_loss: one of `ANCHOR_LOSSES`.
+
+    Raises:
+        ValueError: unknown `anchor_loss`.
+    """
+    if anchor_loss == "hinge":
+        return torch.relu(-drift)
+    if anchor_loss == "absolute":
+        return drift.abs()
+    if anchor_loss == "squared":
+        return drift.square()
+    if anchor_loss == "nll":
+        return -policy_logps
+    raise ValueError(f"anchor_loss {anchor_loss!r} is not one of {', '.join(ANCHOR_LOSSES)}")
+
+
+def bapo_loss(
+    policy: ResponseLogps,
+    reference: ResponseLogps,
+    num_tokens: ResponseLogps | None = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    anchor_weight: float = 0.1,
+    anchor_loss: str = "hinge",
+    anchor_reduction: str = "sum",
+    anchor_placement: str = "additive",
+) -> BAPOLoss:
+    """BAPO loss of n preference rows. With `anchor_weight=0` it is DPO.
+
+    Args:
+        policy: log π_θ of chosen, rejected, base response: 3 × [n], nats, summed over tokens.
+        reference: log π_ref of the same, without gradient.
+        num_tokens: response lengths in tokens, 3 × [n]; needed by "ipo", "sigmoid_norm" and
+            `anchor_reduction="mean"`, which divide by them.
+        beta, loss_type, label_smoothing: see `preference_loss`; several loss types are summed with
+            `loss_weights` (default 1 each).
+        anchor_weight: λ ≥ 0.
+        anchor_loss: one of `ANCHOR_LOSSES`.
+        anchor_reduction: "sum" anchors the whole response, "mean" the mean over its tokens.
+        anchor_placement: "additive", or "margin", which subtracts λ·A from the margin inside the
+            preference loss. "nll" is not zero at θ_ref and therefore only additive.
+
+    Raises:
+        ValueError: unknown names, a negative weight, or `num_tokens` missing where it is needed.
+    """
+    loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    weights = [1.0] * len(loss_types) if loss_weights is None else list(loss_weights)
+    if len(weights) != len(loss_types):
+        raise ValueError(f"{len(loss_types)} loss types but {len(weights)} loss_weights")
+    if anchor_weight < 0:
+        raise ValueError(f"anchor_weight must be >= 0, got {anchor_weight}")
+    if anchor_reduction not in ANCHOR_REDUCTIONS or anchor_placement not in ANCHOR_PLACEMENTS:
+        raise ValueError(
+            f"anchor_reduction {anchor_reduction!r} must be one of {ANCHOR_REDUCTIONS} and "
+            f"anchor_placement {anchor_placement!r} one of {ANCHOR_PLACEMENTS}"
+        )
+    if anchor_placement == "margin" and anchor_loss == "nll":
+        raise ValueError("anchor_loss 'nll' can't be placed in the margin; use 'additive'")
+    per_token = anchor_reduction == "mean" or not {"ipo", "sigmoid_norm"}.isdisjoint(loss_types)
+    if per_token and num_tokens is None:
+        raise ValueError("num_tokens is needed for ipo, sigmoid_norm and anchor_reduction='mean'")
+
+    # Δ of the three responses, each [n]
+    chosen, rejected, base = (p - r for p, r in zip(policy, reference, strict=True))
+    policy_base = policy.base
+    if anchor_reduction == "mean":
+        length = num_tokens.base.clamp(min=1)
+        base, policy_base = base / length, policy_base / length
+    penalty = anchor_weight * anchor_penalty(base, policy_base, anchor_loss)  # [n]
+
+    preference = torch.zeros_like(chosen)
+    shifted = torch.zeros_like(chosen)
+    for name, weight in zip(loss_types, weights, strict=True):
+        if name in ("ipo", "sigmoid_norm"):
+            margin = chosen / num_tokens.chosen.clamp(min=1) - rejected / num_tokens.rejected.clamp(
+                min=1
+            )
+        else:
+            margin = chosen - rejected
+        options = {"beta": beta, "label_smoothing": label_smoothing}
+        preference = preference + weight * preference_loss(margin, name, **options)
+        if anchor_placement == "margin":
+            shifted = shifted + weight * preference_loss(margin - penalty, name, **options)
+    loss = shifted if anchor_placement == "margin" else preference + penalty
+
+    if anchor_weight == 0:
+        active = torch.zeros_like(base)
+    elif anchor_loss == "nll":
+        active = torch.ones_like(base)
+    else:
+        active = ((base < 0) if anchor_loss == "hinge" else (base != 0)).to(base.dtype)
+    # loss = preference + anchor holds exactly in both placements
+    return BAPOLoss(loss, preference.detach(), (loss - preference).detach(), active.detach())

@@ -1,0 +1,85 @@
+"""Where axolotl meets BAPO: wiring, no logic.
+
+axolotl knows a closed list of `rl:` values and tests for its members in many places. BAPO is a
+member of the DPO family, so `rl: bapo` becomes `rl: dpo` plus our trainer class; from there on
+axolotl's own loading, saving, merging and inference apply unchanged. With any other `rl:` the
+plugin does nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+
+TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
+
+
+def is_active(cfg: Any) -> bool:
+    """Whether this (registered) axolotl configuration trains with BAPO."""
+    return cfg.get("trainer_cls") == TRAINER_CLS
+
+
+class BAPOPlugin(BasePlugin):
+    """axolotl plugin for `rl: bapo`.
+
+    With axolotl 0.20 and later an installed package is enough; before, the YAML needs
+    `plugins: [bapo_plugin.BAPOPlugin]`, which does no harm later.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """Turn `rl: bapo` of the raw YAML into a DPO run with our trainer.
+
+        Raises:
+            ValueError: the configuration contradicts itself; key, value, reason and remedy of all
+                contradictions in one message.
+        """
+        if str(cfg.get("rl") or "").lower() != "bapo":
+            return
+        from bapo_plugin.compat import route_evaluate_to_plugins
+        from bapo_plugin.config import check_config
+
+        bapo = check_config(cfg).model_dump(exclude_none=True)
+        # axolotl's data set schema drops keys that it doesn't know, so `field_base` is kept here
+        bapo["dataset_field_base"] = {
+            split: [_take_field_base(entry) for entry in cfg[split]]
+            for split in ("datasets", "test_datasets")
+            if cfg.get(split)
+        }
+        if isinstance(cfg.get("dpo_loss_type"), str):
+            cfg["dpo_loss_type"] = [cfg["dpo_loss_type"]]
+        cfg["bapo"] = bapo
+        cfg["rl"] = "dpo"
+        cfg["trainer_cls"] = TRAINER_CLS
+        route_evaluate_to_plugins()
+
+    def get_input_args(self) -> str:
+        return "bapo_plugin.config.BAPOArgs"
+
+    def get_training_args_mixin(self) -> str:
+        return "bapo_plugin.config.BAPOTrainingArgs"
+
+    def get_training_args(self, cfg: Any) -> dict | None:
+        return {"bapo": dict(cfg["bapo"])} if is_active(cfg) else None
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
+        """Load, check, render and tokenise the rows (see `bapo_plugin.data`)."""
+        if not is_active(cfg):
+            return None
+        from bapo_plugin.data.load import load_datasets
+
+        return load_datasets(cfg)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if is_active(cfg) and not cfg.get("adapter"):
+            from bapo_plugin.reference import check_room_for_reference
+
+            check_room_for_reference(cfg)
+
+
+def _take_field_base(dataset: Any) -> str | None:
+    """Remove and return `field_base` of a data set entry, beside `type:` or inside it."""
+    inner = dataset.get("type")
+    found = inner.pop("field_base", None) if isinstance(inner, dict) else None
+    return dataset.pop("field_base", None) or found

@@ -1,0 +1,294 @@
+"""BAPOTrainer: batch -> log-probs of policy and reference -> loss -> metrics.
+
+Everything around the loss (reference bookkeeping, PEFT, checkpoints, model card) is TRL's
+DPOTrainer with axolotl's additions. With `anchor_weight: 0` this trainer *is* DPO, and a test holds
+it to TRL's.
+"""
+
+import textwrap
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from torch import Tensor, nn
+
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.config import BAPOConfig, parse_block
+from bapo_plugin.data.collator import PaddedCollator, num_rows
+from bapo_plugin.data.formats import RowError
+from bapo_plugin.data.rows import RESPONSES, fit_length, tokenize_row
+from bapo_plugin.forward import ResponseForward
+from bapo_plugin.loss import PREFERENCE_LOSSES, BAPOLoss, ResponseLogps, bapo_loss
+from bapo_plugin.reference import reference_mode
+
+LOG = get_logger("axolotl." + __name__)
+
+_IDS = ("prompt_ids", *(f"{name}_ids" for name in RESPONSES))
+
+
+class BAPOTrainer(AxolotlDPOTrainer):
+    """Preference training anchored to the base response.
+
+    Used by axolotl for `rl: bapo`; it also stands alone: rows with the text columns "prompt",
+    "chosen", "rejected" and "base" are tokenised here, rows with token ids are taken as they are.
+
+    Args:
+        model, ref_model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: as
+            for `trl.DPOTrainer`. Settings of BAPO are in `args.bapo` (a dict, under axolotl) or in
+            `bapo`.
+        bapo: a `BAPOConfig`; wins over `args.bapo`.
+
+    Metrics (mean over preference rows since the last log; `eval_` in front in evaluation):
+        loss = loss/preference + loss/anchor (weighted)
+        rewards/chosen, rewards/rejected    β · (log π_θ − log π_ref)
+        rewards/margins, rewards/accuracies their difference, and how often it is above 0
+        logps/chosen|rejected|base          log π_θ, nats a response
+        drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
+        anchor/active                       share of rows whose anchor is pulling
+    """
+
+    tag_names = ["axolotl", "bapo"]
+    _tag_names = ["trl", "bapo"]
+    _name = "BAPO"
+    _paper = {
+        "title": "BAPO: Base-Anchored Preference Optimization for Overcoming Forgetting in Large Language "
+        "Models Personalization",
+        "id": "2407.00693",
+        "citation": textwrap.dedent("""\
+            @inproceedings{lee2024bapo,
+                title        = {{BAPO: Base-Anchored Preference Optimization for Overcoming Forgetting in Large Language Models Personalization}},
+                author       = {Gihun Lee and Minchan Jeong and Yujin Kim and Hojung Jung and Jaehoon Oh and Sangmook Kim and Se-Young Yun},
+                year         = 2024,
+                booktitle    = {Findings of the Association for Computational Linguistics: EMNLP 2024},
+                eprint       = {2407.00693},
+                archivePrefix = {arXiv},
+            }"""),
+    }
+
+    def __init__(self, *args: Any, bapo: BAPOConfig | None = None, **kwargs: Any):
+        training_args = kwargs.get("args") or (args[2] if len(args) > 2 else None)
+        self.bapo = bapo or parse_block(getattr(training_args, "bapo", None))
+        self._refuse(training_args)
+        super().__init__(*args, **kwargs)
+        for module in (self.model, self.ref_model):
+            if module is not None:
+                keep_4bit_trainable_on_cpu(module)
+        self.data_collator = PaddedCollator(
+            pad_token_id=self.processing_class.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+        # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
+        self.model_accepts_loss_kwargs = True
+        self._forward = ResponseForward(log=LOG.info)
+        # mode -> metric -> [sum over rows]; "rows" counts them
+        self._sums: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+
+    @staticmethod
+    def _refuse(args: Any) -> None:
+        """Settings of TRL that would give another loss than the one documented here."""
+        if args is None:
+            return
+        unknown = [name for name in args.loss_type if name not in PREFERENCE_LOSSES]
+        if unknown:
+            raise ValueError(
+                f"loss_type {unknown} is not a function of the margin of a pair; possible are "
+                f"{', '.join(PREFERENCE_LOSSES)}"
+            )
+        refused = {
+            "use_liger_kernel": bool(args.use_liger_kernel),
+            "use_weighting": bool(args.use_weighting),
+            "ld_alpha": args.ld_alpha is not None,
+            "f_divergence_type": str(
+                getattr(args.f_divergence_type, "value", args.f_divergence_type)
+            )
+            != "reverse_kl",
+            "precompute_ref_log_probs": bool(args.precompute_ref_log_probs),
+            "sync_ref_model": bool(args.sync_ref_model),
+            "torch_compile": bool(args.torch_compile),
+        }
+        if wrong := [name for name, is_set in refused.items() if is_set]:
+            raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) would split a row's three responses; start "
+                "one process a GPU (axolotl train does), or set CUDA_VISIBLE_DEVICES to one"
+            )
+
+    # ---------------------------------------------------------------- rows
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
+        """Tokenise rendered text; rows that hold token ids already pass through.
+
+        Raises:
+            ValueError: rows without a base response or otherwise unusable, all in one message.
+        """
+        columns = dataset.column_names or []
+        if all(name in columns for name in _IDS):
+            return dataset
+        missing = [name for name in ("prompt", *RESPONSES) if name not in columns]
+        if missing:
+            raise ValueError(
+                f"the {dataset_name} data set lacks the columns {', '.join(missing)} (it has "
+                f"{', '.join(columns)}); BAPO needs prompt, chosen, rejected and base as text, or {', '.join(_IDS)}"
+            )
+        limit = args.max_length or 2**31
+
+        def prepare(row: dict) -> dict:
+            try:
+                ids, length = fit_length(tokenize_row(row, self._tokenizer), limit, "truncate")
+                return ids | {"problem": "", "length": length}
+            except RowError as error:
+                return {key: [] for key in _IDS} | {"problem": str(error), "length": ""}
+
+        with PartialState().main_process_first():
+            rows = dataset.map(
+                prepare, remove_columns=columns, desc=f"Tokenizing {dataset_name} dataset"
+            )
+        faulty = [f"row {i}: {text}" for i, text in enumerate(rows["problem"], 1) if text]
+        if faulty:
+            shown = "\n  ".join(faulty[:10])
+            raise ValueError(
+                f"{len(faulty)} rows of the {dataset_name} data set can't be used:\n  {shown}"
+            )
+        lengths = rows["length"]
+        if "long" in lengths:
+            LOG.warning(
+                f"{lengths.count('long')} rows of {dataset_name} dropped: longer than {limit} tokens"
+            )
+            rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
+        return rows.remove_columns(["problem", "length"])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(_IDS)
+
+    # ---------------------------------------------------------------- loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """Mean BAPO loss of the rows; over all rows of the optimiser step in training.
+
+        Args:
+            inputs: a batch of `PaddedCollator`, n rows.
+            num_items_in_batch: rows of this optimiser step, over accumulation and ranks.
+        """
+        n = num_rows(inputs)
+        # the mean over the step, as this rank's share: ranks are averaged, micro-batches added up
+        share = (
+            n / num_items_in_batch * self.accelerator.num_processes if num_items_in_batch else 1.0
+        )
+
+        model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        unwrapped = self.accelerator.unwrap_model(model)
+        policy = self._forward(model, unwrapped, inputs, **model_kwargs)
+        policy_logps = ResponseLogps(*policy.logps.view(3, n))
+        reference_logps = ResponseLogps(*self._reference_logps(model, unwrapped, inputs).view(3, n))
+        num_tokens = ResponseLogps(*inputs["cu_seqlens"].diff().view(3, n))
+        out = bapo_loss(
+            policy_logps,
+            reference_logps,
+            num_tokens,
+            beta=self.beta,
+            loss_type=self.loss_types,
+            loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            anchor_weight=self.bapo.anchor_weight,
+            anchor_loss=self.bapo.anchor_loss,
+            anchor_reduction=self.bapo.anchor_reduction,
+            anchor_placement=self.bapo.anchor_placement,
+        )
+        loss = out.loss.mean()
+        metrics = self._row_metrics(out, policy_logps, reference_logps)
+        if self.aux_loss_enabled:
+            aux = self.router_aux_loss_coef * policy.aux_loss
+            loss = loss + aux
+            metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
+            metrics["loss"] = metrics["loss"] + aux.detach()
+        self._add_metrics("train" if self.model.training else "eval", metrics)
+        loss = loss * share
+        return (loss, {"logps": policy.logps}) if return_outputs else loss
+
+    def _reference_logps(self, model: nn.Module, unwrapped: nn.Module, inputs: dict) -> Tensor:
+        """log π_ref of the batch's 3n sequences, nats, without gradient."""
+        if self.ref_model is not None:
+            model, unwrapped = self.ref_model, self.accelerator.unwrap_model(self.ref_model)
+        elif not is_peft_model(unwrapped):
+            raise RuntimeError(
+                "no reference: the model has no adapter and no reference model was given"
+            )
+        with reference_mode(unwrapped, self.args.gradient_checkpointing_kwargs):
+            return self._forward(model, unwrapped, inputs).logps
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Rows of one optimiser step, over its micro-batches and all ranks.
+
+        With it the gradient is the mean over rows whatever the sizes of the micro-batches are; TRL
+        takes the mean of their means, in which a row of a small last micro-batch weighs more.
+        """
+        rows = torch.tensor([sum(num_rows(batch) for batch in batch_samples)], device=device)
+        return self.accelerator.gather(rows).sum() if len(batch_samples) else None
+
+    # ---------------------------------------------------------------- metrics
+
+    def _row_metrics(
+        self, out: BAPOLoss, policy: ResponseLogps, reference: ResponseLogps
+    ) -> dict[str, Tensor]:
+        """Every metric as one number per row, [n]."""
+        policy = ResponseLogps(*(logps.detach() for logps in policy))
+        drift = ResponseLogps(*(p - r for p, r in zip(policy, reference, strict=True)))
+        chosen, rejected = self.beta * drift.chosen, self.beta * drift.rejected
+        return {
+            "loss": out.loss.detach(),
+            "loss/preference": out.preference,
+            "loss/anchor": out.anchor,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            **{f"logps/{name}": getattr(policy, name) for name in RESPONSES},
+            **{f"drift/{name}": getattr(drift, name) for name in RESPONSES},
+            "anchor/active": out.active,
+        }
+
+    def _add_metrics(self, mode: str, metrics: dict[str, Tensor]) -> None:
+        # one gather a micro-batch; it leaves out the rows that fill up the last batch of a rank
+        rows = torch.stack([values.float() for values in metrics.values()], dim=1)  # [n, metrics]
+        rows = self.accelerator.gather_for_metrics(rows)
+        sums = self._sums[mode] = defaultdict(float, self._sums[mode])
+        for name, total in zip(metrics, rows.sum(0).tolist(), strict=True):
+            sums[name] += total
+        sums["rows"] += len(rows)
+
+    def _take_metrics(self, mode: str) -> dict[str, float]:
+        """Means over the rows since the last call."""
+        sums, self._sums[mode] = dict(self._sums[mode]), {}
+        rows = sums.pop("rows", 0)
+        return {name: total / rows for name, total in sums.items()} if rows else {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log; evaluation adds its metrics in `evaluation_loop`
+            logs |= self._take_metrics("train")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        self._take_metrics("eval")  # an evaluation that was interrupted
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._take_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in metrics.items()})
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None

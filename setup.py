@@ -1,0 +1,33 @@
+"""Packaging. The version is read from the source; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "bapo_plugin/__init__.py").read_text("utf-8"), re.MULTILINE
+)[1]
+
+setup(
+    name="axolotl-plugin-bapo",
+    version=VERSION,
+    description="Base-Anchored Preference Optimization for axolotl: learn one user's taste, keep the model",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["bapo_plugin", "bapo_plugin.*"]),
+        *find_packages("kernels"),
+    ],
+    package_dir={"bapo_kernels": "kernels/bapo_kernels"},
+    # torch and triton come with axolotl, which pins what it was tested with
+    install_requires=["axolotl>=0.19.0,<0.22"],
+    entry_points={"axolotl.plugins": ["bapo = bapo_plugin:BAPOPlugin"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,94 @@
+"""The `bapo:` block and contradictions with the rest of the YAML."""
+
+import pytest
+
+from bapo_plugin.config import BAPOConfig, check_config, parse_block
+
+GOOD = {
+    "rl": "bapo",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "datasets": [{"path": "rows.jsonl"}],
+}
+
+
+def test_defaults():
+    config = check_config(GOOD)
+    assert (config.anchor_weight, config.anchor_loss) == (0.1, "hinge")
+    assert (config.anchor_reduction, config.anchor_placement) == ("sum", "additive")
+
+
+def test_every_field_is_described():
+    for name, field in BAPOConfig.model_json_schema()["properties"].items():
+        assert len(field["description"]) > 20, name
+
+
+@pytest.mark.parametrize(
+    ("block", "match"),
+    [
+        ({"anchor_wieght": 1}, r"bapo\.anchor_wieght: unknown key; did you mean anchor_weight"),
+        ({"zzz": 1}, r"bapo\.zzz: unknown key; known keys are anchor_weight, anchor_loss"),
+        ({"anchor_weight": -0.5}, r"bapo\.anchor_weight: .*greater than or equal to 0, got -0.5"),
+        ({"anchor_weight": float("nan")}, r"bapo\.anchor_weight: .*finite"),
+        ({"anchor_weight": "much"}, r"bapo\.anchor_weight: .*got 'much'"),
+        ({"anchor_loss": "huber"}, r"bapo\.anchor_loss: .*'hinge', 'absolute', 'squared' or 'nll'"),
+        ({"anchor_loss": "nll", "anchor_placement": "margin"}, "set anchor_placement: additive"),
+        ("strong", r"bapo: must be a block of settings, got 'strong'"),
+        ([1], r"bapo: must be a block"),
+    ],
+)
+def test_block_errors_name_key_value_and_remedy(block, match):
+    with pytest.raises(ValueError, match=match):
+        parse_block(block)
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        (
+            {"dpo_loss_type": ["nca_pair"]},
+            r"dpo_loss_type: 'nca_pair' .*possible are sigmoid, sigmoid_norm, hinge",
+        ),
+        ({"dpo_label_smoothing": 0.6}, r"dpo_label_smoothing: 0.6 must be a number in \[0, 0.5\)"),
+        (
+            {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["ipo"]},
+            "no meaning for dpo_loss_type 'ipo'",
+        ),
+        ({"dpo_loss_type": "exo_pair"}, "needs `dpo_label_smoothing"),
+        ({"rl_beta": 0}, "rl_beta: 0 must be a number above 0"),
+        ({"trl": {"beta": -1}}, "rl_beta: -1 must be a number above 0"),
+        ({"dpo_use_weighting": True}, "dpo_use_weighting: True .*remove the line"),
+        ({"dpo_use_liger_kernel": True}, "dpo_use_liger_kernel"),
+        ({"dpo_padding_free": True}, "dpo_padding_free"),
+        ({"sample_packing": True}, "sample_packing"),
+        ({"streaming": True}, "streaming"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"context_parallel_size": 2}, "context_parallel_size > 1"),
+        ({"trl": {"sync_ref_model": True}}, "moves the reference"),
+        (
+            {"trl": {"sync_ref_model": True}, "precompute_ref_log_probs": True},
+            "contradict each other.*remove one of the two lines",
+        ),
+        ({"adapter": None}, "load_in_4bit: true without an adapter.*set `adapter: qlora`"),
+        ({"datasets": []}, "datasets: is empty"),
+    ],
+)
+def test_contradictions(extra, match):
+    with pytest.raises(ValueError, match=match):
+        check_config(GOOD | extra)
+
+
+def test_all_problems_in_one_message():
+    with pytest.raises(ValueError) as error:
+        check_config(GOOD | {"rl_beta": -1, "sample_packing": True, "bapo": {"anchor_weight": -1}})
+    for part in ("rl_beta: -1", "sample_packing: True", "bapo.anchor_weight"):
+        assert part in str(error.value)
+
+
+def test_harmless_settings_pass():
+    check_config(
+        GOOD | {"sample_packing": False, "rl_beta": 0.3, "dpo_loss_type": ["sigmoid", "hinge"]}
+    )
+    check_config(
+        GOOD | {"dpo_label_smoothing": 0.1, "dpo_loss_type": ["robust"], "trl": {"beta": 0.2}}
+    )

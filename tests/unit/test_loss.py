@@ -1,0 +1,184 @@
+"""The loss, held to numbers worked out by hand and to finite differences."""
+
+import doctest
+import math
+
+import pytest
+import torch
+
+import bapo_plugin.loss
+from bapo_plugin.loss import (
+    ANCHOR_LOSSES,
+    PREFERENCE_LOSSES,
+    ResponseLogps,
+    anchor_penalty,
+    bapo_loss,
+    preference_loss,
+)
+
+
+def logps(*rows):
+    """[(chosen, rejected, base), ...] -> ResponseLogps in fp64."""
+    return ResponseLogps(*torch.tensor(rows, dtype=torch.float64).T)
+
+
+def test_docstring_example():
+    result = doctest.testmod(bapo_plugin.loss)
+    assert result.attempted > 0 and result.failed == 0
+
+
+# margin 2, beta 0.5: z = 1
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing", "expected"),
+    [
+        ("sigmoid", 0.0, math.log1p(math.exp(-1))),
+        ("sigmoid", 0.1, 0.9 * math.log1p(math.exp(-1)) + 0.1 * math.log1p(math.e)),
+        ("sigmoid_norm", 0.0, math.log1p(math.exp(-1))),
+        ("hinge", 0.0, 0.0),
+        ("ipo", 0.0, (2 - 1) ** 2),
+        ("robust", 0.1, (0.9 * math.log1p(math.exp(-1)) - 0.1 * math.log1p(math.e)) / 0.8),
+        (
+            "exo_pair",
+            0.1,
+            # KL between (σ(1), σ(−1)) and (0.9, 0.1)
+            sum(q * math.log(q / p) for q, p in ((0.7310585786, 0.9), (0.2689414214, 0.1))),
+        ),
+    ],
+)
+def test_preference_losses_by_hand(loss_type, smoothing, expected):
+    margin = torch.tensor([2.0], dtype=torch.float64)
+    value = preference_loss(margin, loss_type, beta=0.5, label_smoothing=smoothing)
+    assert value.item() == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("anchor_loss", "expected"),
+    [
+        ("hinge", [3.0, 0.0]),
+        ("absolute", [3.0, 2.0]),
+        ("squared", [9.0, 4.0]),
+        ("nll", [13.0, 8.0]),
+    ],
+)
+def test_anchor_by_hand(anchor_loss, expected):
+    # base responses at −10 nats in the reference, now −13 and −8
+    policy, drift = torch.tensor([-13.0, -8.0]), torch.tensor([-3.0, 2.0])
+    assert anchor_penalty(drift, policy, anchor_loss).tolist() == expected
+
+
+def test_additive_and_margin_placement_by_hand():
+    policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
+    additive = bapo_loss(policy, reference, beta=0.5, anchor_weight=0.25)
+    # margin 1 − (−1) = 2, z = 1; base lost 2 nats: 0.25 · 2 = 0.5
+    assert additive.preference.item() == pytest.approx(math.log1p(math.exp(-1)))
+    assert additive.anchor.item() == pytest.approx(0.5)
+    margin = bapo_loss(policy, reference, beta=0.5, anchor_weight=0.25, anchor_placement="margin")
+    # z = 0.5 · (2 − 0.5)
+    assert margin.loss.item() == pytest.approx(math.log1p(math.exp(-0.75)))
+    assert margin.preference.item() == pytest.approx(math.log1p(math.exp(-1)))
+    for out in (additive, margin):
+        assert torch.equal(out.loss, out.preference + out.anchor)
+        assert out.active.item() == 1.0
+
+
+def test_mean_reduction_and_length_normalised_losses_divide_by_tokens():
+    policy, reference = logps((-8, -12, -9)), logps((-10, -9, -5))
+    tokens = ResponseLogps(torch.tensor([4]), torch.tensor([3]), torch.tensor([8]))
+    out = bapo_loss(
+        policy,
+        reference,
+        tokens,
+        beta=0.5,
+        loss_type="ipo",
+        anchor_weight=2.0,
+        anchor_reduction="mean",
+    )
+    # per token: 2/4 − (−3/3) = 1.5, minus 1/(2·0.5) = 0.5, squared; anchor 2 · 4/8
+    assert out.preference.item() == pytest.approx(0.25)
+    assert out.anchor.item() == pytest.approx(1.0)
+
+
+def test_several_losses_are_summed_with_weights():
+    policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
+    out = bapo_loss(
+        policy,
+        reference,
+        beta=0.5,
+        loss_type=["sigmoid", "hinge"],
+        loss_weights=[2, 3],
+        anchor_weight=0,
+    )
+    assert out.loss.item() == pytest.approx(2 * math.log1p(math.exp(-1)) + 3 * 0.0)
+
+
+@pytest.mark.parametrize("anchor_loss", ANCHOR_LOSSES)
+@pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("placement", ["additive", "margin"])
+def test_gradcheck(anchor_loss, loss_type, placement):
+    if placement == "margin" and anchor_loss == "nll":
+        pytest.skip("refused, see test_refusals")
+    torch.manual_seed(0)
+    # away from the kinks of hinge and |.|: every drift is at least 0.5 nats
+    drift = torch.tensor([[1.3, -0.9], [-2.1, 1.7], [-0.8, 1.1]], dtype=torch.float64)
+    reference = torch.full((3, 2), -9.0, dtype=torch.float64)
+    tokens = ResponseLogps(*torch.tensor([[3, 5], [4, 2], [6, 3]]))
+
+    def loss(policy):
+        return bapo_loss(
+            ResponseLogps(*policy),
+            ResponseLogps(*reference),
+            tokens,
+            beta=0.3,
+            loss_type=loss_type,
+            label_smoothing=0.1 if loss_type in ("robust", "exo_pair") else 0.0,
+            anchor_loss=anchor_loss,
+            anchor_weight=0.7,
+            anchor_reduction="mean",
+            anchor_placement=placement,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, ((reference + drift).requires_grad_(),))
+
+
+@pytest.mark.parametrize("anchor_loss", ["hinge", "absolute", "squared"])
+def test_anchor_is_silent_at_the_reference(anchor_loss):
+    base = torch.tensor([-5.0, -7.0], requires_grad=True)
+    zero = torch.zeros(2)
+    policy = ResponseLogps(zero, zero, base)
+    reference = ResponseLogps(zero, zero, base.detach())
+    out = bapo_loss(policy, reference, anchor_loss=anchor_loss, anchor_weight=1.0)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), base)
+    assert gradient.tolist() == [0.0, 0.0]
+    assert out.active.tolist() == [0.0, 0.0] and out.anchor.tolist() == [0.0, 0.0]
+
+
+def test_hinge_pulls_up_only_what_fell():
+    base = torch.tensor([-6.0, -4.0], requires_grad=True)
+    zero = torch.zeros(2)
+    reference = ResponseLogps(zero, zero, torch.tensor([-5.0, -5.0]))
+    out = bapo_loss(ResponseLogps(zero, zero, base), reference, anchor_weight=0.4)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), base)
+    assert gradient.tolist() == pytest.approx(
+        [-0.4, 0.0]
+    )  # descent raises the first, leaves the second
+    assert out.active.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"loss_type": "nca_pair"}, "possible are sigmoid"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "no meaning for loss_type 'hinge'"),
+        ({"loss_type": "exo_pair"}, "needs label_smoothing"),
+        ({"loss_type": "ipo"}, "num_tokens is needed"),
+        ({"anchor_reduction": "mean"}, "num_tokens is needed"),
+        ({"anchor_weight": -1}, "anchor_weight must be >= 0, got -1"),
+        ({"anchor_loss": "huber"}, "'huber' is not one of hinge"),
+        ({"anchor_reduction": "max"}, "'max' must be one of"),
+        ({"anchor_placement": "margin", "anchor_loss": "nll"}, "can't be placed in the margin"),
+        ({"loss_weights": [1, 2]}, "1 loss types but 2 loss_weights"),
+    ],
+)
+def test_refusals(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        bapo_loss(logps((-1, -2, -3)), logps((-1, -2, -3)), **kwargs)

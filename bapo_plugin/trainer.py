@@ -261,9 +261,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         }
 
     def _add_metrics(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        # one gather a micro-batch; it leaves out the rows that fill up the last batch of a rank
         rows = torch.stack([values.float() for values in metrics.values()], dim=1)  # [n, metrics]
-        rows = self.accelerator.gather_for_metrics(rows)
+        # In evaluation, rows that fill up a rank's last batch are left out. In training they count,
+        # as they do in the gradient; besides, the loader is a whole optimiser step ahead there, and
+        # `gather_for_metrics` would cut micro-batches that are not the last.
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        rows = gather(rows)
         sums = self._sums[mode] = defaultdict(float, self._sums[mode])
         for name, total in zip(metrics, rows.sum(0).tolist(), strict=True):
             sums[name] += total

@@ -6,6 +6,7 @@ message before a model is loaded. The result is kept under `dataset_prepared_pat
 everything that it depends on: the data, the strategy, the tokenizer, the length policy, our version.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -30,7 +31,6 @@ from axolotl.utils.data.utils import deduplicate_and_log_datasets
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_from_disk
-from datasets.fingerprint import Hasher
 
 from bapo_plugin import __version__
 from bapo_plugin.data.formats import BaseRenderer, RowError
@@ -243,17 +243,26 @@ def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source]) -> str:
     parts = [
         __version__,
         [
-            (s.name, s.rows._fingerprint, s.renderer.field_base, s.renderer.source())
+            (s.name, _content_hash(s.rows), s.renderer.field_base, s.renderer.source())
             for s in sources
         ],
         [cfg.sequence_len, str(cfg.excess_length_strategy), cfg.seed, cfg.shuffle_merged_datasets],
         [cfg.shuffle_before_merging_datasets, cfg.curriculum_sampling],
         [cfg.chat_template, cfg.chat_template_jinja, cfg.default_system_message],
         [dict(entry) for split in ("datasets", "test_datasets") for entry in cfg[split] or []],
-        [type(tokenizer).__name__, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)],
+        [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map],
         backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
     ]
-    return Hasher.hash(json.dumps(parts, default=str, sort_keys=True))
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content_hash(rows: Dataset) -> str:
+    """Of what the rows say; the fingerprint of `datasets` follows the file's time stamp instead."""
+    digest = hashlib.sha256(str(rows.features).encode())
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _save(rows: Dataset, path: Path) -> None:

@@ -1,0 +1,219 @@
+"""Data sets of a configuration: sources, checks, cache, splits. Through axolotl's own loading."""
+
+import json
+import re
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from tiny import make_rows, write_jsonl
+
+from bapo_plugin.data import load as module
+from bapo_plugin.data.load import load_datasets, prepare_rows
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(rows=None, **changes):
+        entry = {
+            "path": str(
+                write_jsonl(tmp_path / "rows.jsonl", make_rows(12) if rows is None else rows)
+            ),
+            "split": "train",
+            "type": "chatml.prompt_pairs",
+        }
+        base = {
+            "datasets": [entry],
+            "bapo": {},
+            "sequence_len": 256,
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "seed": 1,
+            "num_epochs": 1,
+            "batch_size": 4,
+        }
+        return DictDefault(base | changes)
+
+    return make
+
+
+def test_rows_in_order_with_ids_and_text(config, chatml):
+    train, evaluation = prepare_rows(config(), chatml)
+    assert len(train) == 12 and evaluation is None
+    for row, source in zip(train, make_rows(12), strict=True):
+        assert row["base"] == source["base"] + "<|im_end|>"
+        assert chatml.decode(row["base_ids"]) == row["base"]
+        assert source["prompt"] in chatml.decode(row["prompt_ids"])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_other_files(config, chatml, tmp_path, suffix):
+    import pandas
+
+    path = tmp_path / f"rows.{suffix}"
+    frame = pandas.DataFrame(make_rows(5))
+    frame.to_parquet(path) if suffix == "parquet" else frame.to_csv(path, index=False)
+    entry = {"path": str(path), "split": "train", "type": "chatml.prompt_pairs"}
+    train, _ = prepare_rows(config(datasets=[entry]), chatml)
+    assert [r["chosen"] for r in train] == [r["chosen"] + "<|im_end|>" for r in make_rows(5)]
+
+
+def test_several_data_sets_of_different_formats_and_columns(config, chatml, tmp_path):
+    talk = [
+        {
+            "messages": [{"role": "user", "content": r["prompt"]}],
+            "chosen": {"role": "assistant", "content": r["chosen"]},
+            "rejected": {"role": "assistant", "content": r["rejected"]},
+            "mine": [{"role": "assistant", "content": r["base"]}],
+        }
+        for r in make_rows(5, seed=3)
+    ]
+    entries = [
+        config()["datasets"][0],
+        {"path": str(write_jsonl(tmp_path / "talk.jsonl", talk)), "type": "chat_template.default"},
+    ]
+    cfg = config(
+        datasets=entries,
+        bapo={"dataset_field_base": {"datasets": [None, "mine"]}},
+        chat_template="tokenizer_default",
+    )
+    train, _ = prepare_rows(cfg, chatml)
+    assert len(train) == 17
+    assert train[12]["base"] == make_rows(5, seed=3)[0]["base"] + "<|im_end|>"
+
+
+def test_test_datasets_are_rendered_by_their_own_entry(config, chatml, tmp_path):
+    """axolotl renders `test_datasets` with the columns of `datasets`; here each has its own."""
+    held_out = [
+        {"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"], "own": r["base"]}
+        for r in make_rows(3)
+    ]
+    entry = {
+        "path": str(write_jsonl(tmp_path / "test.jsonl", held_out)),
+        "split": "train",
+        "type": {
+            "field_prompt": "q",
+            "field_chosen": "good",
+            "field_rejected": "bad",
+            "chosen_format": "{chosen}!",
+        },
+    }
+    cfg = config(
+        test_datasets=[entry],
+        bapo={"dataset_field_base": {"datasets": [None], "test_datasets": ["own"]}},
+    )
+    train, evaluation = prepare_rows(cfg, chatml)
+    assert (len(train), len(evaluation)) == (12, 3)
+    assert evaluation[0]["base"] == held_out[0]["own"] + "!"
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.25, 3), (4.0, 4)])
+def test_val_set_size(config, chatml, size, expected):
+    train, evaluation = prepare_rows(config(val_set_size=size), chatml)
+    assert (len(train), len(evaluation)) == (12 - expected, expected)
+
+
+def test_faulty_rows_of_all_data_sets_in_one_message_ten_shown(config, chatml, tmp_path):
+    rows = make_rows(20)
+    for i in range(1, 14):
+        rows[i]["base"] = "" if i % 2 else None
+    rows[15]["rejected"] = rows[15]["chosen"]
+    second = [{**row, "base": ""} for row in make_rows(2)]
+    cfg = config(rows)
+    cfg["datasets"].append(
+        DictDefault(
+            {"path": str(write_jsonl(tmp_path / "b.jsonl", second)), "type": "chatml.prompt_pairs"}
+        )
+    )
+    with pytest.raises(ValueError) as error:
+        prepare_rows(cfg, chatml)
+    message = str(error.value)
+    assert re.search(
+        r"datasets\[0\] \(.*rows\.jsonl\): 14 of 20 rows can't be used \(rows counted from 1\)",
+        message,
+    )
+    assert "  row 2: base is empty; put there what the model answers" in message
+    assert "  row 3: base is missing" in message
+    assert "and 4 more" in message and message.count("  row ") == 10 + 2
+    assert re.search(r"datasets\[1\] \(.*b\.jsonl\): 2 of 2 rows", message)
+    assert not list((tmp_path / "prepared").glob("bapo-*")), "nothing may be stored"
+
+
+def test_missing_base_column(config, chatml):
+    rows = [{k: v for k, v in row.items() if k != "base"} for row in make_rows(2)]
+    with pytest.raises(ValueError, match=r"no column 'base'.*columns: prompt, chosen, rejected"):
+        prepare_rows(config(rows), chatml)
+
+
+def long_base():
+    rows = make_rows(4)
+    rows[1]["base"] = "sea " * 60  # only the base response is too long
+    return rows
+
+
+def test_length_drop(config, chatml, caplog):
+    train, _ = prepare_rows(config(long_base(), sequence_len=64), chatml)
+    assert len(train) == 3
+    assert "0 rows cut, 1 dropped, 3 untouched" in caplog.text
+
+
+def test_length_truncate(config, chatml, caplog):
+    cfg = config(long_base(), sequence_len=64, excess_length_strategy="truncate")
+    train, _ = prepare_rows(cfg, chatml)
+    assert len(train) == 4 and len(train[1]["prompt_ids"]) + len(train[1]["base_ids"]) == 64
+    assert "1 rows cut, 0 dropped, 3 untouched" in caplog.text
+
+
+def test_length_raise(config, chatml):
+    cfg = config(long_base(), sequence_len=64, excess_length_strategy="raise")
+    with pytest.raises(
+        ValueError, match=r"row 2: prompt \d+, chosen \d+, rejected \d+, base \d+ tokens.*64"
+    ):
+        prepare_rows(cfg, chatml)
+
+
+def test_nothing_left_is_an_error(config, chatml):
+    with pytest.raises(
+        ValueError, match="all 12 rows are longer than sequence_len: 4; raise sequence_len"
+    ):
+        prepare_rows(config(sequence_len=4), chatml)
+
+
+def test_unknown_strategy(config, chatml):
+    entry = {**config()["datasets"][0], "type": "chatml.nonsense"}
+    with pytest.raises(
+        ValueError, match=r"datasets\[0\]\.type: 'chatml\.nonsense' is not a DPO prompt"
+    ):
+        prepare_rows(config(datasets=[entry]), chatml)
+
+
+def built(monkeypatch):
+    calls = []
+    original = module._build
+    monkeypatch.setattr(module, "_build", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+def test_cache_is_used_and_follows_what_it_depends_on(config, chatml, monkeypatch, tmp_path):
+    calls = built(monkeypatch)
+    first, _ = prepare_rows(config(), chatml)
+    second, _ = prepare_rows(config(), chatml)
+    assert len(calls) == 1 and first.to_list() == second.to_list()
+
+    changed = make_rows(12)
+    changed[3]["base"] = "another answer"
+    prepare_rows(config(changed), chatml)  # same path, other content
+    assert len(calls) == 2
+    prepare_rows(config(changed, sequence_len=200), chatml)
+    assert len(calls) == 3
+    renamed = [{**row, "other": "other text"} for row in changed]
+    prepare_rows(config(renamed, bapo={"field_base": "other"}), chatml)
+    assert len(calls) == 4
+    prepare_rows(config(renamed, bapo={"field_base": "base"}), chatml)
+    assert len(calls) == 5
+    prepare_rows(config(renamed, bapo={"field_base": "base"}, is_preprocess=True), chatml)
+    assert len(calls) == 6
+
+
+def test_total_steps(config, chatml, monkeypatch):
+    monkeypatch.setattr(module, "load_tokenizer", lambda cfg: chatml)
+    assert load_datasets(config(num_epochs=3)).total_num_steps == 9
+    assert json.dumps(load_datasets(config()).train_dataset[0])  # plain values

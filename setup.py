@@ -25,6 +25,8 @@ setup(
     package_dir={"bapo_kernels": "kernels/bapo_kernels"},
     # torch and triton come with axolotl, which pins what it was tested with
     install_requires=["axolotl>=0.19.0,<0.22"],
+    # gguf: to read the demo's model
+    extras_require={"test": ["pytest>=8", "ruff==0.17.6", "gguf>=0.10"]},
     entry_points={"axolotl.plugins": ["bapo = bapo_plugin:BAPOPlugin"]},
     classifiers=[
         "Programming Language :: Python :: 3",

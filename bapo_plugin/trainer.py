@@ -16,6 +16,7 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import set_seed
 
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
@@ -74,6 +75,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
         training_args = kwargs.get("args") or (args[2] if len(args) > 2 else None)
         self.bapo = bapo or parse_block(getattr(training_args, "bapo", None))
         self._refuse(training_args)
+        if training_args is not None:
+            # TRL makes the adapter before Trainer sets the seed: without this, no two runs are alike
+            set_seed(training_args.seed)
         super().__init__(*args, **kwargs)
         for module in (self.model, self.ref_model):
             if module is not None:

@@ -1,0 +1,244 @@
+"""axolotl's own commands on `rl: bapo`, each in its own process, on a tiny model."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_rows, save_model, write_jsonl
+
+AXOLOTL = Path(sys.executable).parent / "axolotl"
+
+
+def axolotl(folder, *command, stdin="", check=True):
+    done = subprocess.run(
+        [AXOLOTL, *map(str, command)],
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 or not check, output[-6000:]
+    return output
+
+
+def write_config(folder, **changes):
+    config = {
+        "base_model": str(folder / "model"),
+        "plugins": ["bapo_plugin.BAPOPlugin"],
+        "rl": "bapo",
+        "rl_beta": 0.2,
+        "bapo": {"anchor_weight": 0.5},
+        "chat_template": "tokenizer_default",
+        "datasets": [
+            {
+                "path": str(folder / "rows.jsonl"),
+                "split": "train",
+                "type": "chat_template.default",
+                "field_messages": "prompt",
+                "field_base": "mine",
+            }
+        ],
+        "val_set_size": 0.25,
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "sequence_len": 256,
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_linear": True,
+        # Triton kernels, which axolotl 0.19 turns on without a GPU too
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "gradient_accumulation_steps": 1,
+        "micro_batch_size": 4,
+        "num_epochs": 1,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "learning_rate": 0.01,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "sdp_attention": True,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "seed": 3,
+        "dataset_num_proc": 1,
+    } | changes
+    path = folder / f"{changes.get('output_dir', 'config')}.yml".replace("/", "_")
+    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save_model(folder / "model", "qwen2")
+    rows = [{("mine" if k == "base" else k): v for k, v in row.items()} for row in make_rows(16)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """preprocess, then train: what the other tests look at."""
+    config = write_config(folder)
+    preprocess = axolotl(folder, "preprocess", config)
+    train = axolotl(folder, "train", config, "--launcher", "python")
+    return config, preprocess, train
+
+
+def history(folder, out="out"):
+    (state,) = (folder / out).glob("checkpoint-*/trainer_state.json")
+    return json.loads(state.read_text())["log_history"]
+
+
+def test_preprocess_stores_rows_and_train_takes_them(trained):
+    _, preprocess, train = trained
+    assert "Success! Preprocessed data path" in preprocess
+    assert "Rendering and tokenising" in preprocess and "Rendering and tokenising" not in train
+    assert "Loading prepared rows of datasets" in train
+
+
+def test_train_logs_the_metrics_and_saves_an_adapter(trained, folder):
+    log = history(folder)
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 3
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(
+            entry["loss/preference"] + entry["loss/anchor"], abs=1e-5
+        )
+        assert {"drift/base", "anchor/active", "rewards/margins", "logps/base"} < entry.keys()
+    assert steps[0]["drift/base"] == pytest.approx(0, abs=1e-4)
+    assert abs(steps[-1]["drift/chosen"]) > 1e-3, "nothing was learned"
+    assert [entry for entry in log if "eval_drift/base" in entry]
+    assert (folder / "out/adapter_model.safetensors").exists()
+    assert "BAPO" in (folder / "out/README.md").read_text()
+
+
+def test_evaluate(trained, folder):
+    output = axolotl(folder, "evaluate", trained[0], "--launcher", "python")
+    summary = (folder / "out/eval_summary.csv").read_text()
+    assert "drift/base" in summary and "loss/anchor" in summary, output[-2000:]
+
+
+def test_merge_lora_and_inference(trained, folder):
+    config = trained[0]
+    axolotl(folder, "merge-lora", config, "--lora-model-dir", folder / "out")
+    assert list((folder / "out/merged").glob("*.safetensors"))
+    output = axolotl(
+        folder,
+        *("inference", config, "--launcher", "python", "--lora-model-dir", folder / "out"),
+        stdin="tell me about the sea\n\x04",
+        check=False,
+    )
+    assert "Give me an instruction" in output and "Error" not in output.split("Give me")[1]
+
+
+def test_plain_dpo_is_untouched(folder):
+    """Byte for byte the same losses with the plugin and without, and not a word from it.
+
+    Without an adapter, since axolotl (0.19) makes the adapter of a DPO run before it sets the seed.
+    """
+    full = {key: None for key in ("adapter", "lora_r", "lora_alpha", "lora_target_linear")}
+    logs = {}
+    for name, plugins in (("with", ["bapo_plugin.BAPOPlugin"]), ("without", None)):
+        out = str(folder / f"dpo_{name}")
+        config = write_config(folder, rl="dpo", bapo=None, plugins=plugins, output_dir=out, **full)
+        output = axolotl(folder, "train", config, "--launcher", "python")
+        assert "bapo_plugin" not in re.sub(
+            r".*(load|loaded).*plugin.*|.*\"bapo_plugin.BAPOPlugin\".*", "", output
+        )
+        timing = ("runtime", "per_second", "flos")
+        logs[name] = json.dumps(
+            [{k: v for k, v in e.items() if not k.endswith(timing)} for e in history(folder, out)]
+        )
+        weights = (Path(out) / "model.safetensors").read_bytes()
+        logs[name + "_weights"] = weights
+    assert logs["with"] == logs["without"]
+    assert logs["with_weights"] == logs["without_weights"]
+
+
+def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
+    shutil.rmtree(folder / "broken", ignore_errors=True)
+    config = write_config(
+        folder, output_dir=str(folder / "broken"), bapo={"anchor_wieght": 1}, sample_packing=True
+    )
+    output = axolotl(folder, "train", config, "--launcher", "python", check=False)
+    assert "bapo.anchor_wieght: unknown key; did you mean anchor_weight?" in output
+    assert "sample_packing: True does not work with rl: bapo" in output
+    assert "Loading weights" not in output
+
+    rows = make_rows(4)
+    rows[2]["base"] = ""
+    entry = {
+        "path": str(write_jsonl(folder / "faulty.jsonl", rows)),
+        "split": "train",
+        "type": "chatml.prompt_pairs",
+    }
+    config = write_config(
+        folder, output_dir=str(folder / "broken"), datasets=[entry], val_set_size=None
+    )
+    output = axolotl(folder, "train", config, "--launcher", "python", check=False)
+    assert "1 of 4 rows can't be used" in output and "row 3: base is empty" in output
+    assert "Loading weights" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_other_launchers(trained, folder, launcher):
+    out = str(folder / launcher)
+    config = write_config(folder, output_dir=out)
+    extra = ["--", "--nproc_per_node=1"] if launcher == "torchrun" else []
+    axolotl(folder, "train", config, "--launcher", launcher, *extra)
+    mine, first = ([e["loss"] for e in history(folder, o) if "loss" in e] for o in (out, "out"))
+    assert mine == first
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(folder):
+    """Killed after the first checkpoint, the run goes on and ends where an uninterrupted one does."""
+    options = {
+        "val_set_size": None,
+        "eval_strategy": None,
+        "num_epochs": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "auto_resume_from_checkpoints": True,
+    }
+    whole = write_config(folder, output_dir=str(folder / "whole"), **options)
+    axolotl(folder, "train", whole, "--launcher", "python")
+    config = write_config(folder, output_dir=str(folder / "killed"), **options)
+    process = subprocess.Popen(
+        [AXOLOTL, "train", config, "--launcher", "python"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    import time
+
+    for _ in range(600):
+        if (folder / "killed/checkpoint-2/trainer_state.json").exists():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    axolotl(folder, "train", config, "--launcher", "python")
+
+    def losses(out):
+        state = max((folder / out).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        log = json.loads((state / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in log if "loss" in entry]
+
+    assert len(losses("whole")) == 16
+    assert losses("killed") == pytest.approx(losses("whole"), abs=1e-5)

@@ -68,7 +68,7 @@ def write_config(folder, **changes):
         "bf16": False,
         "fp16": False,
         "tf32": False,
-        "sdp_attention": True,
+        "attn_implementation": "sdpa",
         "logging_steps": 1,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -150,7 +150,7 @@ def test_plain_dpo_is_untouched(folder):
 
     Without an adapter, since axolotl (0.19) makes the adapter of a DPO run before it sets the seed.
     """
-    full = {key: None for key in ("adapter", "lora_r", "lora_alpha", "lora_target_linear")}
+    full = dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_target_linear"))
     logs = {}
     for name, plugins in (("with", ["bapo_plugin.BAPOPlugin"]), ("without", None)):
         out = str(folder / f"dpo_{name}")

@@ -230,8 +230,11 @@ def test_missing_column_names_the_columns_there_are():
 
 
 def test_response_that_axolotl_cuts_at_the_wrong_place_is_reported():
-    """chat_template.default looks for the response's text from the start; "user" is in the template."""
+    """axolotl 0.19 looks for the response's text from the start, and "user" is in the template too."""
     transform = strategy_of("chat_template.default", {"field_messages": "prompt"})
-    assert "[[dummy_message]]" in transform(plain()("user"))["chosen"]
-    with pytest.raises(RowError, match="base is so short"):
-        BaseRenderer(transform, field_base="base")(plain()(CHOSEN) | {"base": "user"})
+    row = plain()(CHOSEN) | {"base": "user"}
+    if "[[dummy_message]]" in transform(plain()("user"))["chosen"]:
+        with pytest.raises(RowError, match="base is so short"):
+            BaseRenderer(transform, field_base="base")(row)
+    else:  # mended in axolotl 0.21
+        assert BaseRenderer(transform, field_base="base")(row)["base"] == "user<|im_end|>"

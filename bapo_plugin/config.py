@@ -8,7 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,6 +55,21 @@ class BAPOConfig(BaseModel):
         json_schema_extra={
             "description": "additive: loss = preference + λ·A. margin: λ·A is subtracted from the margin inside "
             "the preference loss, as in DPOP."
+        },
+    )
+    reference: Literal["start", "base"] = Field(
+        default="start",
+        json_schema_extra={
+            "description": "What π_ref is where training goes on with an adapter (`lora_model_dir`). start: the "
+            "model with that adapter as it was. base: the model without any adapter, for example to evaluate a "
+            "trained adapter against the model it came from. A new adapter starts as the base model."
+        },
+    )
+    kernel: Literal["auto", "triton", "torch"] = Field(
+        default="auto",
+        json_schema_extra={
+            "description": "How log-probabilities are computed from hidden states. auto: Triton on NVIDIA GPUs, "
+            "torch elsewhere; triton or torch force one."
         },
     )
     field_base: str | None = Field(
@@ -225,6 +240,8 @@ def _is_number(value: Any) -> bool:
 
 @dataclass
 class BAPOTrainingArgs:
-    """Carries the `bapo:` block to the trainer (`args.bapo`), as plain values that serialise."""
+    """Carries our settings to the trainer (`args.bapo`, ...), as plain values that serialise."""
 
     bapo: dict[str, Any] | None = None
+    # `lora_model_dir`, which axolotl leaves aside in a DPO run
+    bapo_adapter: str | None = None

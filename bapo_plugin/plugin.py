@@ -61,7 +61,9 @@ class BAPOPlugin(BasePlugin):
         return "bapo_plugin.config.BAPOTrainingArgs"
 
     def get_training_args(self, cfg: Any) -> dict | None:
-        return {"bapo": dict(cfg["bapo"])} if is_active(cfg) else None
+        if not is_active(cfg):
+            return None
+        return {"bapo": dict(cfg["bapo"]), "bapo_adapter": cfg.get("lora_model_dir")}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Load, check, render and tokenise the rows (see `bapo_plugin.data`)."""

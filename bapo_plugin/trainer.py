@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -78,7 +79,15 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if training_args is not None:
             # TRL makes the adapter before Trainer sets the seed: without this, no two runs are alike
             set_seed(training_args.seed)
+        adapter = getattr(training_args, "bapo_adapter", None)
+        if adapter and kwargs.pop("peft_config", None) is not None:
+            # axolotl gives a DPO trainer the settings of a new adapter, also where `lora_model_dir`
+            # names one to go on with; TRL makes a given one its own reference
+            args = (PeftModel.from_pretrained(args[0], adapter, is_trainable=True), *args[1:])
+            LOG.info(f"Training goes on with the adapter in {adapter}")
         super().__init__(*args, **kwargs)
+        if self.bapo.reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")
         for module in (self.model, self.ref_model):
             if module is not None:
                 keep_4bit_trainable_on_cpu(module)
@@ -88,12 +97,11 @@ class BAPOTrainer(AxolotlDPOTrainer):
         )
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        self._forward = ResponseForward(log=LOG.info)
+        self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
         # mode -> metric -> [sum over rows]; "rows" counts them
         self._sums: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
 
-    @staticmethod
-    def _refuse(args: Any) -> None:
+    def _refuse(self, args: Any) -> None:
         """Settings of TRL that would give another loss than the one documented here."""
         if args is None:
             return
@@ -117,6 +125,11 @@ class BAPOTrainer(AxolotlDPOTrainer):
         }
         if wrong := [name for name, is_set in refused.items() if is_set]:
             raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")
+        if self.bapo.kernel == "triton" and args.device.type != "cuda":
+            raise ValueError(
+                f"bapo.kernel: triton needs an NVIDIA GPU, but training runs on {args.device.type}; set "
+                "bapo.kernel: auto"
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would split a row's three responses; start "

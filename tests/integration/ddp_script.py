@@ -5,11 +5,15 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import bapo_trainer  # noqa: E402
-from tiny import make_rows  # noqa: E402
+from helpers import bapo_trainer
+from tiny import make_rows
 
 
 def main(folder: Path, batch: int, accumulation: int) -> None:

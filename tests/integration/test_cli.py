@@ -195,6 +195,20 @@ def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
 
 
 @pytest.mark.slow
+def test_continued_adapter_starts_where_it_was(trained, folder):
+    """`lora_model_dir`: the adapter's own start is the reference, so the drift begins at zero."""
+    out = str(folder / "continued")
+    config = write_config(folder, output_dir=out, lora_model_dir=str(folder / "out"))
+    axolotl(folder, "train", config, "--launcher", "python")
+    steps = [entry for entry in history(folder, out) if "loss" in entry]
+    first = next(entry for entry in history(folder) if "loss" in entry)
+    assert steps[0]["drift/chosen"] == pytest.approx(0, abs=1e-4)
+    assert steps[0]["logps/chosen"] != pytest.approx(first["logps/chosen"], abs=1e-2)
+    assert abs(steps[-1]["drift/chosen"]) > 1e-3
+    assert (folder / "continued/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_other_launchers(trained, folder, launcher):
     out = str(folder / launcher)

@@ -54,5 +54,7 @@ def test_gradients_are_the_same_after_an_evaluation(tmp_path, saved):
 def test_reference_is_the_quantised_model_and_training_moves_the_policy(tmp_path, saved):
     trainer = bapo_trainer(tmp_path, nf4_model(saved), rows=make_rows(8))
     trainer.train()
-    drift = [entry["drift/chosen"] for entry in trainer.state.log_history if "drift/chosen" in entry]
+    drift = [
+        entry["drift/chosen"] for entry in trainer.state.log_history if "drift/chosen" in entry
+    ]
     assert drift[0] == pytest.approx(0, abs=1e-4) and abs(drift[-1]) > 1e-3

@@ -126,6 +126,17 @@ def test_continued_adapter_is_its_own_reference(tmp_path):
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_reference_base_measures_a_given_adapter_against_the_model_without(tmp_path):
+    model = lora_model()
+    randomize_lora(model, std=0.1)
+    trainer = bapo_trainer(tmp_path, model, bapo={"reference": "base"})
+    batch = batch_of(trainer)
+    reference = trainer._reference_logps(trainer.model, trainer.model, batch)
+    base = make_model(vocab_size=len(make_tokenizer()))
+    torch.testing.assert_close(reference, trainer._forward(base, base, batch).logps.detach())
+    assert "ref" not in trainer.model.peft_config
+
+
 def test_anchor_is_silent_at_the_start_and_pulls_back_after_drift(tmp_path):
     """At the start BAPO's gradient is DPO's; away from it the anchor's gradient raises log π(y_b)."""
     found = {}
@@ -326,6 +337,14 @@ def test_saved_adapter_loads_again(tmp_path):
 def test_settings_of_trl_that_would_mean_another_loss_are_refused(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         bapo_trainer(tmp_path, **changes)
+
+
+def test_triton_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="bapo.kernel: triton needs an NVIDIA GPU.*set bapo.kernel: auto"
+    ):
+        bapo_trainer(tmp_path, bapo={"kernel": "triton"})
+    assert bapo_trainer(tmp_path, bapo={"kernel": "torch"})._forward._backend == "torch"
 
 
 def test_rows_without_base_are_refused(tmp_path):

@@ -217,3 +217,27 @@ def test_total_steps(config, chatml, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer", lambda cfg: chatml)
     assert load_datasets(config(num_epochs=3)).total_num_steps == 9
     assert json.dumps(load_datasets(config()).train_dataset[0])  # plain values
+
+
+def test_many_rows_in_several_processes(config, chatml, tmp_path):
+    rows = make_rows(600)
+    rows[555]["base"] = ""
+    entry = {
+        "path": str(write_jsonl(tmp_path / "many.jsonl", rows)),
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+    }
+    cfg = config(datasets=[entry], chat_template="tokenizer_default", dataset_num_proc=2)
+    with pytest.raises(ValueError, match="row 556: base is empty"):
+        prepare_rows(cfg, chatml)
+    rows[555]["base"] = "water"
+    write_jsonl(tmp_path / "many.jsonl", rows)
+    train, _ = prepare_rows(cfg, chatml)
+    assert [row["base"] for row in train] == [row["base"] + "<|im_end|>" for row in rows]
+
+
+def test_exact_deduplication(config, chatml):
+    rows = make_rows(6)
+    train, _ = prepare_rows(config([*rows, *rows[:2]], dataset_exact_deduplication=True), chatml)
+    assert len(train) == 6

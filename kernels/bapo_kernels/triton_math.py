@@ -1,0 +1,57 @@
+"""Device functions that both Triton kernels share; `torch_tiles` states the mathematics.
+
+Everything is fp32. exp(-inf) = 0 is relied on, -inf - -inf is avoided: running maxima start at
+the finite LOWEST.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Read once, like Triton does: its decorators pick interpreter or compiler at import.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LOWEST = tl.constexpr(-1e30)
+_TINY = tl.constexpr(1.1754944e-38)
+
+
+@triton.jit
+def cap_logits(z, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """cap(scale * (z + bias)). tanh by exp(-2|x|), which neither overflows nor needs libdevice."""
+    z = (z + bias) * scale
+    if HAS_SOFTCAP:
+        x = z / softcap
+        t = tl.exp(-2.0 * tl.abs(x))
+        z = softcap * tl.where(x < 0, t - 1.0, 1.0 - t) / (1.0 + t)
+    return z
+
+
+@triton.jit
+def cap_slope(z, softcap, HAS_SOFTCAP: tl.constexpr):
+    """d cap(x) / dx in terms of z = cap(x)."""
+    if HAS_SOFTCAP:
+        return 1.0 - (z / softcap) * (z / softcap)
+    else:
+        return z * 0.0 + 1.0
+
+
+@triton.jit
+def finish(peak, mass, spread, z_label):
+    """(logp, q = 1 - p, log-sum-exp of the others, log-sum-exp of all, entropy) from the online
+    state over v != label."""
+    mass = tl.maximum(mass, _TINY)  # V = 1: nothing but the label
+    log_mass = tl.log(mass)
+    others = peak + log_mass
+    gap = others - z_label
+    x = tl.exp(-tl.abs(gap))
+    # log1p(x): for small x, log(1 + x) would round 1 + x to 1 and lose a confident token
+    log1p = tl.where(x < 1e-3, x * (1.0 - x * (0.5 - x * (1.0 / 3.0))), tl.log(1.0 + x))
+    logp = -(tl.maximum(gap, 0.0) + log1p)
+    log_q = -(tl.maximum(-gap, 0.0) + log1p)
+    small, large = x / (1.0 + x), 1.0 / (1.0 + x)
+    q = tl.where(gap > 0, large, small)
+    p = tl.where(gap > 0, small, large)
+    # p = 0 and q = 0 meet logs of -inf: 0 * -inf must be 0
+    entropy = tl.where(p > 0, -p * logp, 0.0)
+    entropy += tl.where(q > 0, q * (log_mass - spread / mass - log_q), 0.0)
+    return logp, q, others, z_label - logp, entropy

@@ -2,7 +2,7 @@
 
 Start reading in `bapo_plugin/loss.py`: it is the method. `plugin.py` is where axolotl comes in.
 
-axolotl 0.20 and later imports this package in every run, so nothing heavy is imported here: the
+axolotl 0.21 and later imports this package in every run, so nothing heavy is imported here: the
 public names are loaded when they are first used.
 """
 

@@ -61,8 +61,8 @@ class BAPOConfig(BaseModel):
         default="start",
         json_schema_extra={
             "description": "What π_ref is where training goes on with an adapter (`lora_model_dir`). start: the "
-            "model with that adapter as it was. base: the model without any adapter, for example to evaluate a "
-            "trained adapter against the model it came from. A new adapter starts as the base model."
+            "model with that adapter as it was. base: the model without any adapter. A new adapter starts as "
+            "the base model. `axolotl evaluate` compares with the model without adapter in any case."
         },
     )
     kernel: Literal["auto", "triton", "torch"] = Field(
@@ -134,6 +134,9 @@ def _explain(error: Any) -> str:
     return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
 
 
+TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
+# ways to initialise LoRA that leave the weights below it as they are
+_INITS = ("gaussian", "eva", "orthogonal")
 # DPO settings that can't be honoured when only response tokens reach the vocabulary projection, or
 # that ask for another loss. key -> why and what to do instead
 _REFUSED = {
@@ -147,6 +150,7 @@ _REFUSED = {
     "eval_sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
     "streaming": "rows must be checked and tokenised before training; remove the line",
     "precompute_ref_log_probs": "this version computes the reference in each step; remove the line",
+    "rl_adapter_ref_model": "the model with its adapter switched off is the reference; remove the line",
     "torch_compile": "compiling the model is not supported by this version; remove the line",
 }
 
@@ -190,25 +194,63 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
         problems.append(
             "context_parallel_size > 1 would split a response over GPUs; remove the line"
         )
-    if not cfg.get("adapter") and (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
-        key, adapter = (
-            ("load_in_4bit", "qlora") if cfg.get("load_in_4bit") else ("load_in_8bit", "lora")
-        )
+    problems += _check_adapter(cfg)
+    if cfg.get("trainer_cls") not in (None, TRAINER_CLS):
         problems.append(
-            f"{key}: true without an adapter: quantised weights can't be trained; set `adapter: {adapter}`"
+            f"trainer_cls: {cfg['trainer_cls']} can't be combined with rl: bapo, which is a trainer of its "
+            "own; remove one of the two"
+        )
+    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
+        problems.append(
+            "accelerator_config.dispatch_batches: true would cut batches between the responses of a row; "
+            "remove the line"
         )
     if not cfg.get("datasets"):
         problems.append("datasets: is empty; name at least one preference data set")
+    for split in ("datasets", "test_datasets"):
+        for i, entry in enumerate(cfg.get(split) or []):
+            if not isinstance(entry, Mapping) or not entry.get("path"):
+                problems.append(
+                    f"{split}[{i}]: {entry!r} must be a block with at least `path:` and `type:`"
+                )
     if problems:
         raise ValueError("rl: bapo can't run with this configuration:\n- " + "\n- ".join(problems))
     return bapo
+
+
+def _check_adapter(cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    adapter = cfg.get("adapter")
+    if not adapter and (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
+        key, remedy = (
+            ("load_in_4bit", "qlora") if cfg.get("load_in_4bit") else ("load_in_8bit", "lora")
+        )
+        problems.append(
+            f"{key}: true without an adapter: quantised weights can't be trained; set `adapter: {remedy}`"
+        )
+    if adapter == "llama-adapter":
+        problems.append(
+            "adapter: llama-adapter can't be switched off for the reference; use lora or qlora"
+        )
+    init = cfg.get("peft_init_lora_weights")
+    if init not in (None, True, False, *_INITS):
+        problems.append(
+            f"peft_init_lora_weights: {init} changes the weights below the adapter, so that the model with "
+            f"its adapter off is no longer the model you started from; use true, {', '.join(_INITS)}"
+        )
+    if (cfg.get("peft") or {}).get("loftq_config") or cfg.get("loftq_config"):
+        problems.append(
+            "peft.loftq_config changes the weights below the adapter, so that the model with its adapter "
+            "off is no longer the model you started from; remove the block"
+        )
+    return problems
 
 
 def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
     problems = []
     trl = cfg.get("trl") or {}
     beta = cfg.get("rl_beta") if cfg.get("rl_beta") is not None else trl.get("beta")
-    if beta is not None and not (_is_number(beta) and beta > 0):
+    if beta is not None and not _number(beta) > 0:
         problems.append(f"rl_beta: {beta!r} must be a number above 0; the usual value is 0.1")
     loss_types = cfg.get("dpo_loss_type") or ["sigmoid"]
     loss_types = [loss_types] if isinstance(loss_types, str) else list(loss_types)
@@ -218,10 +260,16 @@ def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
                 f"dpo_loss_type: {name!r} is not a function of the margin between chosen and rejected; "
                 f"possible are {', '.join(PREFERENCE_LOSSES)}"
             )
+    weights = cfg.get("dpo_loss_weights")
+    if weights is not None and len(weights) != len(loss_types):
+        problems.append(
+            f"dpo_loss_weights: {weights} must have one number for each of the {len(loss_types)} losses in "
+            f"dpo_loss_type: {loss_types}"
+        )
     smoothing = cfg.get("dpo_label_smoothing") or 0
-    if not (_is_number(smoothing) and 0 <= smoothing < 0.5):
+    if not 0 <= _number(smoothing) < 0.5:
         problems.append(f"dpo_label_smoothing: {smoothing!r} must be a number in [0, 0.5)")
-    elif smoothing:
+    elif _number(smoothing):
         for name in set(loss_types) & (set(PREFERENCE_LOSSES) - set(SMOOTHED_LOSSES)):
             problems.append(
                 f"dpo_label_smoothing: {smoothing} has no meaning for dpo_loss_type {name!r}; remove it, or use "
@@ -234,8 +282,14 @@ def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float:
+    """The value as axolotl will take it (YAML reads 5e-2 as a string); NaN where it is no number."""
+    if isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 @dataclass
@@ -243,5 +297,6 @@ class BAPOTrainingArgs:
     """Carries our settings to the trainer (`args.bapo`, ...), as plain values that serialise."""
 
     bapo: dict[str, Any] | None = None
-    # `lora_model_dir`, which axolotl leaves aside in a DPO run
-    bapo_adapter: str | None = None
+    # `adapter` and `lora_model_dir`, which axolotl leaves aside in a DPO run
+    bapo_has_adapter: bool = False
+    bapo_adapter_dir: str | None = None

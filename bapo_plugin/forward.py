@@ -76,13 +76,11 @@ class ResponseForward:
         inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL}
         inputs |= {"use_cache": False} | model_kwargs
 
-        # what the wrapper's forward returns must hold our result: DDP looks there for the parameters
-        # that took part
+        # The wrapper's forward must return our result: DDP looks there for the parameters that took
+        # part, and FSDP2, which wraps in place, hangs its backward on it.
         def run(**kwargs: Any) -> ForwardOutput:
             return self._forward(unwrapped, batch, kwargs)
 
-        if model is unwrapped:
-            return run(**inputs)
         return self._redirect(model, unwrapped, run, **inputs)
 
     def _forward(self, model: nn.Module, batch: dict, kwargs: dict) -> ForwardOutput:

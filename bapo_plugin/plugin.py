@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 
+from bapo_plugin.config import TRAINER_CLS, check_config
+
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
-
-TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
 
 
 def is_active(cfg: Any) -> bool:
@@ -24,7 +24,7 @@ def is_active(cfg: Any) -> bool:
 class BAPOPlugin(BasePlugin):
     """axolotl plugin for `rl: bapo`.
 
-    With axolotl 0.20 and later an installed package is enough; before, the YAML needs
+    With axolotl 0.21 and later an installed package is enough; before, the YAML needs
     `plugins: [bapo_plugin.BAPOPlugin]`, which does no harm later.
     """
 
@@ -38,7 +38,6 @@ class BAPOPlugin(BasePlugin):
         if str(cfg.get("rl") or "").lower() != "bapo":
             return
         from bapo_plugin.compat import route_evaluate_to_plugins
-        from bapo_plugin.config import check_config
 
         bapo = check_config(cfg).model_dump(exclude_none=True)
         # axolotl's data set schema drops keys that it doesn't know, so `field_base` is kept here
@@ -63,21 +62,27 @@ class BAPOPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict | None:
         if not is_active(cfg):
             return None
-        return {"bapo": dict(cfg["bapo"]), "bapo_adapter": cfg.get("lora_model_dir")}
+        return {
+            "bapo": dict(cfg["bapo"]),
+            "bapo_has_adapter": bool(cfg.get("adapter")),
+            "bapo_adapter_dir": cfg.get("lora_model_dir"),
+        }
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
-        """Load, check, render and tokenise the rows (see `bapo_plugin.data`)."""
+        """Load, check, render and tokenise the rows (see `bapo_plugin.data`), before a model is loaded.
+
+        Raises:
+            ValueError: faulty rows, or no room for a reference model.
+        """
         if not is_active(cfg):
             return None
-        from bapo_plugin.data.load import load_datasets
-
-        return load_datasets(cfg)
-
-    def pre_model_load(self, cfg: Any) -> None:
-        if is_active(cfg) and not cfg.get("adapter"):
+        if not preprocess and not cfg.get("adapter"):
             from bapo_plugin.reference import check_room_for_reference
 
             check_room_for_reference(cfg)
+        from bapo_plugin.data.load import load_datasets
+
+        return load_datasets(cfg)
 
 
 def _take_field_base(dataset: Any) -> str | None:

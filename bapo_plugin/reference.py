@@ -1,5 +1,6 @@
 """The reference model: what the policy was before training."""
 
+import os
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,16 +53,19 @@ def check_room_for_reference(cfg: Any) -> None:
         return
     dtype = cfg.torch_dtype if isinstance(cfg.torch_dtype, torch.dtype) else torch.float32
     copy = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info()[0]
-        if torch.cuda.is_available()
-        else psutil.virtual_memory().available
-    )
-    needed = 3 * copy  # policy, its gradients, reference; the optimiser's states come on top
+    if torch.cuda.is_available():
+        # one process spreads the model over all GPUs, several have one each
+        shared = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        devices = range(torch.cuda.device_count()) if shared else [torch.cuda.current_device()]
+        free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    else:
+        free = psutil.virtual_memory().available
+    # policy and reference, and gradients where all weights are trained; optimiser states come on top
+    needed = (2 if cfg.unfrozen_parameters else 3) * copy
     if needed > free:
         raise ValueError(
             f"adapter: is not set, so rl: bapo keeps a second copy of {cfg.base_model} as the reference. "
-            f"Policy, gradients and reference need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
+            f"Together with the policy and its gradients that needs {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
             "free. Set `adapter: qlora` with `load_in_4bit: true` (or `adapter: lora`): then the reference "
             "is the model with its adapter off and needs no memory"
         )

@@ -7,6 +7,7 @@ it to TRL's.
 
 import textwrap
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ from bapo_plugin.reference import reference_mode
 LOG = get_logger("axolotl." + __name__)
 
 _IDS = ("prompt_ids", *(f"{name}_ids" for name in RESPONSES))
+
+
+def _trained_adapter(output_dir: str) -> str:
+    if not (Path(output_dir) / "adapter_config.json").exists():
+        raise ValueError(
+            f"output_dir: {output_dir} has no trained adapter to evaluate; train first, or name one with "
+            "`lora_model_dir:`"
+        )
+    return output_dir
 
 
 class BAPOTrainer(AxolotlDPOTrainer):
@@ -79,14 +89,21 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if training_args is not None:
             # TRL makes the adapter before Trainer sets the seed: without this, no two runs are alike
             set_seed(training_args.seed)
-        adapter = getattr(training_args, "bapo_adapter", None)
-        if adapter and kwargs.pop("peft_config", None) is not None:
-            # axolotl gives a DPO trainer the settings of a new adapter, also where `lora_model_dir`
-            # names one to go on with; TRL makes a given one its own reference
-            args = (PeftModel.from_pretrained(args[0], adapter, is_trainable=True), *args[1:])
-            LOG.info(f"Training goes on with the adapter in {adapter}")
+        reference = self.bapo.reference
+        if getattr(training_args, "bapo_has_adapter", False) and not is_peft_model(args[0]):
+            training = kwargs.get("peft_config") is not None  # `axolotl evaluate` leaves it out
+            path = training_args.bapo_adapter_dir
+            if not training:
+                reference, path = "base", path or _trained_adapter(training_args.output_dir)
+            if path:
+                # axolotl hands a DPO trainer the settings of a new adapter, also where
+                # `lora_model_dir` names one to go on with; TRL makes a given one its own reference
+                kwargs.pop("peft_config", None)
+                model = PeftModel.from_pretrained(args[0], path, is_trainable=True)
+                args = (model, *args[1:])
+                LOG.info(f"Loaded the adapter in {path}")
         super().__init__(*args, **kwargs)
-        if self.bapo.reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
+        if reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
         for module in (self.model, self.ref_model):
             if module is not None:

@@ -22,10 +22,12 @@ Transform = Callable[[Row], Row]
 Slot = tuple[Any, ...]  # keys that lead from the row to a string, e.g. ("chosen", -1, "content")
 
 _MARKER = "bapobaseresponsemarker"
-# axolotl's chat_template strategies cut the response out of a rendered dummy conversation by looking
-# for its text; a response that also occurs in the template is cut at the wrong place
-_DUMMY = "[[dummy_message]]"
-_PREFERRED_COLUMNS = ("chosen", "chosen_response")
+# where each part is looked for first; all other columns follow
+_COLUMNS = {
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response"),
+    "prompt": ("prompt", "input", "question", "instruction", "messages", "conversations"),
+}
 
 
 class RowError(ValueError):
@@ -38,14 +40,27 @@ class BaseRenderer:
     Args:
         transform: the strategy, already bound to its tokenizer.
         field_base: column with the base response.
-        field_chosen: column with the chosen response, where the YAML names it.
+        entry: the data set's entry in the YAML; read are `field_chosen`, `field_rejected`,
+            `field_prompt`, `field_messages`, `message_property_mappings` and `roles`, beside `type:`
+            or inside it.
     """
 
-    def __init__(self, transform: Transform, *, field_base: str, field_chosen: str | None = None):
+    def __init__(self, transform: Transform, *, field_base: str, entry: Mapping | None = None):
         self._transform = transform
         self.field_base = field_base
-        self._columns = ((field_chosen,) if field_chosen else ()) + _PREFERRED_COLUMNS
-        self._last_slot: Slot | None = None
+        inner = (entry or {}).get("type")
+        settings = {**(entry or {}), **(inner if isinstance(inner, Mapping) else {})}
+        names = {part: [settings.get(f"field_{part}")] for part in _COLUMNS}
+        names["prompt"].append(settings.get("field_messages"))
+        self._columns = {
+            part: tuple(filter(None, names[part])) + known for part, known in _COLUMNS.items()
+        }
+        mapping = settings.get("message_property_mappings") or {}
+        self._role_keys = (mapping.get("role"), "role", "from")
+        self._content_keys = (mapping.get("content"), "content", "value")
+        roles = (settings.get("roles") or {}).get("assistant") or []
+        self._assistant = {"assistant", "gpt", "model", "chatgpt", *roles}
+        self._last_slot: dict[str, Slot] = {}
 
     def __call__(self, row: Row) -> Row:
         """Render one row.
@@ -56,7 +71,7 @@ class BaseRenderer:
         """
         base = self._base_text(row)
         rendered = self._render(row)
-        for name in ("prompt", "chosen", "rejected"):
+        for name in _COLUMNS:
             value = rendered.get(name)
             if not isinstance(value, str):
                 raise RowError(
@@ -65,26 +80,40 @@ class BaseRenderer:
                 )
             if not value.strip():
                 raise RowError(f"{name} is empty; fill it or remove the row")
-        slot = self._find_slot(row, rendered)
+        slots = {name: self._find_slot(row, rendered, name) for name in _COLUMNS}
+        for name, found in slots.items():
+            if found is not None:
+                self._check_source(row, rendered, name, found[0])
+        if slots["chosen"] is None:
+            raise RowError(
+                "found no place for the base response: no column can be changed such that only the "
+                "rendered chosen response changes; name the column of the chosen response with "
+                "`field_chosen:`"
+            )
+        slot = slots["chosen"][0]
         with_base = self._render(_replace(row, slot, base))
-        if (with_base["prompt"], with_base["rejected"]) != (
-            rendered["prompt"],
-            rendered["rejected"],
-        ):
+        same = all(with_base[name] == rendered[name] for name in ("prompt", "rejected"))
+        if not same:
             raise RowError(
                 "the prompt strategy renders another prompt when it renders the base response"
             )
-        out = {
-            "prompt": rendered["prompt"],
-            "chosen": rendered["chosen"],
-            "rejected": rendered["rejected"],
-            "base": with_base["chosen"],
-        }
-        for name, text in out.items():
-            if name != "prompt" and _DUMMY in text:
+        out = {name: rendered[name] for name in ("prompt", "chosen", "rejected")}
+        out["base"] = with_base["chosen"]
+        for name, found in (
+            ("chosen", slots["chosen"]),
+            ("rejected", slots["rejected"]),
+            ("base", slots["chosen"]),
+        ):
+            if found is None:
+                continue
+            # axolotl 0.19 cuts the response out of a rendered dummy conversation by looking for its
+            # text; what also occurs in the template is cut too early, and more than the turn is left
+            source, before, after = found
+            text = base if name == "base" else _get(row, source)
+            if out[name] != before + text + after and out[name].endswith(text + after):
                 raise RowError(
-                    f"{name} is so short that axolotl's chat template strategy finds it inside the template "
-                    "itself and cuts at the wrong place; lengthen the response or remove the row"
+                    f"{name} is so short that axolotl's chat template strategy finds it inside the "
+                    "template itself and cuts at the wrong place; lengthen the response or remove the row"
                 )
         return out
 
@@ -99,90 +128,111 @@ class BaseRenderer:
             return ""
 
     def _base_text(self, row: Row) -> str:
-        if self.field_base not in row:
+        name = self.field_base
+        if name not in row:
             raise RowError(
-                f"there is no column {self.field_base!r} with the base response (columns: "
+                f"there is no column {name!r} with the base response (columns: "
                 f"{', '.join(map(str, row))}); name it with `field_base:` in the data set's entry"
             )
-        value = row[self.field_base]
+        value = row[name]
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
             value = value[-1]
         if isinstance(value, Mapping):
-            role = value.get("role") or value.get("from")
-            if role is not None and role not in ("assistant", "gpt", "model", "chatgpt"):
-                raise RowError(
-                    f"{self.field_base} must end with a message of the assistant, not of {role!r}"
-                )
-            value = value.get("content", value.get("value"))
+            role = next((value[k] for k in self._role_keys if value.get(k)), None)
+            if role is not None and role not in self._assistant:
+                raise RowError(f"{name} must end with a message of the assistant, not of {role!r}")
+            value = next((value[k] for k in self._content_keys if value.get(k) is not None), None)
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             raise RowError(
-                f"{self.field_base} is {'missing' if value is None else 'empty'}; put there what the model "
-                "answers to the prompt before training, or remove the row"
+                f"{name} is {'missing' if value is None else 'empty'}; put there what the model answers to "
+                "the prompt before training, or remove the row"
             )
         if not isinstance(value, str):
             raise RowError(
-                f"{self.field_base} is {_kind(value)}; it must be a string, a message or a list of messages"
+                f"{name} is {_kind(value)}; it must be a string, a message or a list of messages"
             )
         return value
 
     def _render(self, row: Row) -> Row:
         # strategies change the row they are given
         try:
-            return self._transform(copy.deepcopy(row))
+            rendered = self._transform(copy.deepcopy(row))
         except Exception as error:
+            empty = [column for column, value in row.items() if value in (None, "", [])]
             raise RowError(
                 f"the prompt strategy failed with {type(error).__name__}: {error}; check that the columns "
-                "it reads are there and filled"
+                "it reads are there and filled" + (f" (empty: {', '.join(empty)})" if empty else "")
             ) from error
+        if not isinstance(rendered, Mapping):
+            raise RowError(
+                f"the prompt strategy returned {_kind(rendered)}, not prompt, chosen and rejected"
+            )
+        return rendered
 
-    def _find_slot(self, row: Row, rendered: Row) -> Slot:
-        candidates = dict.fromkeys(self._slots(row))
-        if self._last_slot in candidates:
-            candidates = dict.fromkeys((self._last_slot, *candidates))
+    def _find_slot(self, row: Row, rendered: Row, name: str) -> tuple[Slot, str, str] | None:
+        """Where the text of `name` stands in the row, and what the strategy puts before and after it."""
+        candidates = dict.fromkeys(self._slots(row, name))
+        last = self._last_slot.get(name)
+        if last in candidates:
+            candidates = dict.fromkeys((last, *candidates))
+        others = [other for other in _COLUMNS if other != name]
         for slot in candidates:
             try:
                 trial = self._render(_replace(row, slot, _MARKER))
             except RowError:
                 continue
-            same = (trial.get("prompt"), trial.get("rejected")) == (
-                rendered["prompt"],
-                rendered["rejected"],
-            )
-            if same and _MARKER in str(trial.get("chosen")):
-                self._last_slot = slot
-                return slot
-        raise RowError(
-            "found no place for the base response: no column can be changed such that only the rendered "
-            "chosen response changes; name the column of the chosen response with `field_chosen:`"
-        )
+            text = str(trial.get(name))
+            if _MARKER in text and all(trial.get(o) == rendered[o] for o in others):
+                self._last_slot[name] = slot
+                before, _, after = text.partition(_MARKER)
+                return slot, before, after
+        return None
 
-    def _slots(self, row: Row) -> Iterator[Slot]:
-        columns = [c for c in self._columns if c in row]
+    def _check_source(self, row: Row, rendered: Row, name: str, slot: Slot) -> None:
+        """What a strategy wraps into a template looks like text even if there was none."""
+        value, column = _get(row, slot), slot[0]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            state = "missing" if value is None else "empty"
+            raise RowError(f"{name} is {state} (column {column!r}); fill it or remove the row")
+        if not isinstance(value, str):
+            raise RowError(f"{name} is {_kind(value)} (column {column!r}); it must be text")
+        if len(slot) > 1 and str(row[column]) in rendered[name]:
+            raise RowError(
+                f"{name} is {_kind(row[column])} (column {column!r}), but this `type:` takes text there; use "
+                "one for messages, such as chat_template.default"
+            )
+
+    def _slots(self, row: Row, name: str) -> Iterator[Slot]:
+        columns = [c for c in self._columns[name] if c in row]
         columns += [c for c in row if c not in columns and c != self.field_base]
         for column in columns:
-            yield from _strings(row[column], (column,))
+            if not (name == "prompt" and "system" in str(column)):
+                yield from _leaves(row[column], (column,))
 
 
-def _strings(value: Any, path: Slot) -> Iterator[Slot]:
-    """Paths of all strings inside a value; lists from their end, since a response comes last."""
-    if isinstance(value, str):
-        yield path
-    elif isinstance(value, Mapping):
+def _leaves(value: Any, path: Slot) -> Iterator[Slot]:
+    """Paths of all values inside a value; lists from their end, since a response comes last."""
+    if isinstance(value, Mapping):
         # the text of a message before its role and whatever else it has
         for key in sorted(value, key=lambda k: k not in ("content", "value", "answer", "text")):
-            yield from _strings(value[key], (*path, key))
-    elif isinstance(value, Sequence):
+            yield from _leaves(value[key], (*path, key))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
         for i in range(1, len(value) + 1):
-            yield from _strings(value[-i], (*path, -i))
+            yield from _leaves(value[-i], (*path, -i))
+    else:
+        yield path
+
+
+def _get(row: Row, slot: Slot) -> Any:
+    value: Any = row
+    for key in slot:
+        value = value[key]
+    return value
 
 
 def _replace(row: Row, slot: Slot, text: str) -> Row:
     row = copy.deepcopy(row)
-    *parents, last = slot
-    target: Any = row
-    for key in parents:
-        target = target[key]
-    target[last] = text
+    _get(row, slot[:-1])[slot[-1]] = text
     return row
 
 

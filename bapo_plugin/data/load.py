@@ -116,7 +116,7 @@ def _sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
             field_base=(field_base[i] if i < len(field_base) else None)
             or cfg.bapo.get("field_base")
             or "base",
-            field_chosen=_field(entry, "field_chosen"),
+            entry=entry,
         )
         for config in datasets_with_name_generator([entry]):
             rows = load_dataset_with_config(config, cfg.hf_use_auth_token, streaming=False)
@@ -127,15 +127,12 @@ def _sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
                         f"{name} has no split 'train' but {', '.join(rows)}: name one with `split:`"
                     )
                 rows = rows["train"]
+            if config.get("shards"):
+                rows = rows.shard(config["shards"], config.get("shards_idx") or 0)
             if len(rows) == 0:
                 raise ValueError(f"{name} has no rows: check the file and `split:`")
             sources.append(Source(name, rows, renderer))
     return sources
-
-
-def _field(entry: Any, key: str) -> str | None:
-    inner = entry.get("type")
-    return (inner.get(key) if isinstance(inner, dict) else None) or entry.get(key)
 
 
 def _transform(cfg: Any, tokenizer: Any, split: str, index: int) -> Any:

@@ -1,5 +1,6 @@
 """axolotl's own commands on `rl: bapo`, each in its own process, on a tiny model."""
 
+import csv
 import json
 import os
 import re
@@ -126,10 +127,24 @@ def test_train_logs_the_metrics_and_saves_an_adapter(trained, folder):
     assert "BAPO" in (folder / "out/README.md").read_text()
 
 
-def test_evaluate(trained, folder):
+def test_evaluate_measures_the_trained_adapter_against_the_model_without(trained, folder):
     output = axolotl(folder, "evaluate", trained[0], "--launcher", "python")
-    summary = (folder / "out/eval_summary.csv").read_text()
-    assert "drift/base" in summary and "loss/anchor" in summary, output[-2000:]
+    assert "Loaded the adapter in" in output
+    rows = list(csv.DictReader((folder / "out/eval_summary.csv").open()))
+    found = {row["metric"]: row["validation"] for row in rows}
+    last = [entry for entry in history(folder) if "eval_drift/base" in entry][-1]
+    for name in ("drift/chosen", "drift/base", "loss/anchor", "loss"):
+        assert float(found[name]) == pytest.approx(last[f"eval_{name}"], abs=1e-3), name
+    assert abs(float(found["drift/chosen"])) > 1e-2
+
+
+def test_evaluate_before_training_says_what_to_do(folder):
+    config = write_config(folder, output_dir=str(folder / "untrained"))
+    output = axolotl(folder, "evaluate", config, "--launcher", "python", check=False)
+    assert (
+        "has no trained adapter to evaluate; train first, or name one with `lora_model_dir:`"
+        in output
+    )
 
 
 def test_merge_lora_and_inference(trained, folder):

@@ -71,6 +71,27 @@ def test_block_errors_name_key_value_and_remedy(block, match):
         ),
         ({"adapter": None}, "load_in_4bit: true without an adapter.*set `adapter: qlora`"),
         ({"datasets": []}, "datasets: is empty"),
+        (
+            {"datasets": ["rows.jsonl"]},
+            r"datasets\[0\]: 'rows.jsonl' must be a block with at least `path:`",
+        ),
+        (
+            {"rl_adapter_ref_model": True},
+            "rl_adapter_ref_model.*adapter switched off is the reference",
+        ),
+        (
+            {"peft_init_lora_weights": "pissa"},
+            "peft_init_lora_weights: pissa changes the weights below",
+        ),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config changes the weights below"),
+        ({"trainer_cls": "my.Trainer"}, "trainer_cls: my.Trainer can't be combined"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: true would cut"),
+        ({"adapter": "llama-adapter"}, "llama-adapter can't be switched off"),
+        (
+            {"dpo_loss_type": ["sigmoid", "hinge"], "dpo_loss_weights": [1]},
+            "must have one number for each of the 2 losses",
+        ),
+        ({"rl_beta": True}, "rl_beta: True must be a number"),
     ],
 )
 def test_contradictions(extra, match):
@@ -86,6 +107,10 @@ def test_all_problems_in_one_message():
 
 
 def test_harmless_settings_pass():
+    # YAML reads numbers without a dot in the mantissa as strings, and axolotl takes them
+    check_config(
+        GOOD | {"rl_beta": "5e-2", "dpo_label_smoothing": "1e-3", "peft_init_lora_weights": True}
+    )
     check_config(
         GOOD | {"sample_packing": False, "rl_beta": 0.3, "dpo_loss_type": ["sigmoid", "hinge"]}
     )

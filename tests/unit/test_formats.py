@@ -137,10 +137,6 @@ def strategy_of(kind, ds_cfg, style="chatml"):
     return transform
 
 
-def field_chosen(ds_cfg):
-    return ds_cfg.get("field_chosen") or (ds_cfg.get("type") or {}).get("field_chosen")
-
-
 @pytest.mark.parametrize("shape", ["string", "message", "messages"])
 @pytest.mark.parametrize(
     ("kind", "ds_cfg", "make"), CASES, ids=lambda v: v if isinstance(v, str) else ""
@@ -154,7 +150,7 @@ def test_base_is_rendered_like_chosen(kind, ds_cfg, make, shape):
     }
     row = make(CHOSEN) | {"mine": value[shape]}
     before = copy.deepcopy(row)
-    out = BaseRenderer(transform, field_base="mine", field_chosen=field_chosen(ds_cfg))(row)
+    out = BaseRenderer(transform, field_base="mine", entry=ds_cfg)(row)
     assert row == before, "the row was changed"
 
     plain_render = transform(copy.deepcopy(make(CHOSEN)))
@@ -211,15 +207,72 @@ def test_a_strategy_of_ones_own():
         ({"base": 7}, "base is of type int; it must be a string, a message or a list"),
         ({"base": [user("why")]}, "must end with a message of the assistant, not of 'user'"),
         ({"base": {"role": "assistant", "content": None}}, "base is missing"),
-        ({"chosen": ""}, "chosen is empty; fill it or remove the row"),
-        ({"rejected": None}, "the prompt strategy failed with|rejected is"),
+        ({"chosen": ""}, "chosen is empty"),
+        ({"chosen": " "}, "chosen is empty"),
+        ({"rejected": None}, "rejected is missing"),
+        ({"rejected": 5}, "rejected is of type int"),
         ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": None}, "prompt is missing"),
     ],
 )
 def test_bad_rows_say_what_and_how_to_mend(change, match):
     row = plain()(CHOSEN) | {"base": BASE} | change
+    for kind in ("passthrough.default", "chatml.prompt_pairs", "llama3.prompt_pairs"):
+        with pytest.raises(RowError, match=match):
+            BaseRenderer(strategy_of(kind, {}), field_base="base")(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"chosen": ""}, "chosen is empty|chosen is so short"),
+        ({"rejected": ""}, "rejected is empty|rejected is so short"),
+        ({"rejected": None}, "failed with.*empty: rejected|rejected is missing"),
+        ({"chosen": assistant("")}, "chosen is empty|chosen is so short"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": [user("hi"), assistant("ho"), user("")]}, "prompt is empty"),
+    ],
+)
+def test_bad_rows_in_a_chat_template(change, match):
+    row = plain()(CHOSEN) | {"base": BASE} | change
+    transform = strategy_of("chat_template.default", {"field_messages": "prompt"})
     with pytest.raises(RowError, match=match):
-        BaseRenderer(strategy_of("passthrough.default", {}), field_base="base")(row)
+        BaseRenderer(transform, field_base="base", entry={"field_messages": "prompt"})(row)
+
+
+def test_empty_system_message_is_fine():
+    row = plain(system="")(CHOSEN) | {"base": BASE, "score": 3, "note": None}
+    assert BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(row)["base"]
+
+
+def test_messages_where_the_type_takes_text():
+    row = plain()(CHOSEN) | {"base": BASE, "rejected": [user("why"), assistant("no")]}
+    with pytest.raises(RowError, match="rejected is of type list.*takes text there"):
+        BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(row)
+
+
+def test_base_in_the_users_own_message_format():
+    entry = {
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "speaker", "content": "text"},
+        "roles": {"user": ["me"], "assistant": ["bot"], "system": ["system"]},
+    }
+    row = {
+        "conversations": [{"speaker": "me", "text": "why blue?"}],
+        "chosen": {"speaker": "bot", "text": CHOSEN},
+        "rejected": {"speaker": "bot", "text": REJECTED},
+        "base": [{"speaker": "me", "text": "why blue?"}, {"speaker": "bot", "text": BASE}],
+    }
+    transform = strategy_of("chat_template.default", entry)
+    assert BASE.strip() in BaseRenderer(transform, field_base="base", entry=entry)(row)["base"]
+    row["base"] = [{"speaker": "me", "text": "why blue?"}]
+    with pytest.raises(RowError, match="must end with a message of the assistant, not of 'me'"):
+        BaseRenderer(transform, field_base="base", entry=entry)(row)
+
+
+def test_strategy_that_returns_nothing():
+    with pytest.raises(RowError, match="the prompt strategy returned missing, not prompt"):
+        BaseRenderer(lambda row: None, field_base="base")(plain()(CHOSEN) | {"base": BASE})
 
 
 def test_missing_column_names_the_columns_there_are():
@@ -229,12 +282,14 @@ def test_missing_column_names_the_columns_there_are():
         BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(plain()(CHOSEN))
 
 
-def test_response_that_axolotl_cuts_at_the_wrong_place_is_reported():
-    """axolotl 0.19 looks for the response's text from the start, and "user" is in the template too."""
+@pytest.mark.parametrize("text", ["user", "age", "message", "e"])
+@pytest.mark.parametrize("name", ["base", "chosen", "rejected"])
+def test_response_that_axolotl_cuts_at_the_wrong_place_is_reported(name, text):
+    """axolotl 0.19 looks for the response's text from the start of a template that has it too."""
     transform = strategy_of("chat_template.default", {"field_messages": "prompt"})
-    row = plain()(CHOSEN) | {"base": "user"}
-    if "[[dummy_message]]" in transform(plain()("user"))["chosen"]:
-        with pytest.raises(RowError, match="base is so short"):
+    row = plain()(CHOSEN) | {"base": BASE, name: text}
+    if len(transform(plain()("user"))["chosen"]) > len("user<|im_end|>"):
+        with pytest.raises(RowError, match=f"{name} is so short"):
             BaseRenderer(transform, field_base="base")(row)
     else:  # mended in axolotl 0.21
-        assert BaseRenderer(transform, field_base="base")(row)["base"] == "user<|im_end|>"
+        assert BaseRenderer(transform, field_base="base")(row)[name] == f"{text}<|im_end|>"

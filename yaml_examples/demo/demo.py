@@ -71,7 +71,10 @@ def compare(config: dict, output: Path) -> None:
 
     @torch.no_grad()
     def answer(ids: torch.Tensor) -> torch.Tensor:
-        return model.generate(input_ids=ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
+        out = model.generate(
+            input_ids=ids, max_new_tokens=60, do_sample=False, repetition_penalty=1.1
+        )
+        return out[0, ids.shape[1] :]
 
     @torch.no_grad()
     def logp(ids: torch.Tensor, response: torch.Tensor) -> float:
@@ -82,7 +85,7 @@ def compare(config: dict, output: Path) -> None:
     answers = Table(title="Answers before and after", show_lines=True)
     for name in ("prompt", "before", "after"):
         answers.add_column(name, ratio=1 if name == "prompt" else 2)
-    drift = Table(title="Drift of log-probabilities (nats a response; 0 is: as before training)")
+    drift = Table(title="Drift of log-probabilities, nats a response")
     drift.add_column("what")
     drift.add_column("drift", justify="right")
     for name, before, after in held_out_drift(output):
@@ -105,6 +108,7 @@ def compare(config: dict, output: Path) -> None:
     console.print(drift)
     persona, other = (config["datasets"][0][f"field_{c}"] for c in ("chosen", "rejected"))
     print(
+        "A drift of 0 means: as likely as before training. Far below 0 on former answers is forgetting.\n"
         f"Learned to prefer `{persona}` to `{other}`. Other styles: edit field_chosen and field_rejected "
         f"in {CONFIG.relative_to(ROOT)}.\nThe adapter is in {output}; try it with: "
         f"axolotl inference {CONFIG.relative_to(ROOT)} --lora-model-dir {output}"

@@ -29,3 +29,9 @@ def test_two_processes_are_one(tmp_path):
         assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-4), key
     for name, value in one["weights"].items():
         assert two["weights"][name] == pytest.approx(value, abs=2e-3), name
+
+
+def test_fsdp2_gives_the_same_gradients():
+    script = SCRIPT.with_name("fsdp_script.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert "SAME" in done.stdout, done.stderr[-4000:]

@@ -70,10 +70,9 @@ def compare(config: dict, output: Path) -> None:
     model = PeftModel.from_pretrained(base, output).eval()
 
     @torch.no_grad()
-    def answer(ids: torch.Tensor) -> torch.Tensor:
-        out = model.generate(
-            input_ids=ids, max_new_tokens=60, do_sample=False, repetition_penalty=1.1
-        )
+    def answer(ids: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
+        settings = {"max_new_tokens": 60, "do_sample": False}
+        out = model.generate(input_ids=ids, repetition_penalty=repetition_penalty, **settings)
         return out[0, ids.shape[1] :]
 
     @torch.no_grad()
@@ -95,15 +94,18 @@ def compare(config: dict, output: Path) -> None:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(chat, return_tensors="pt")["input_ids"]
+        # a model this small repeats itself: to be read, its answers get a penalty for that; the drift
+        # is measured on what it answered greedily, as the base responses were made
         with model.disable_adapter():
-            before = answer(ids)
-            reference = logp(ids, before)
-        after = answer(ids)
+            before = answer(ids, 1.1)
+            former = answer(ids, 1.0)
+            reference = logp(ids, former)
+        after = answer(ids, 1.1)
         answers.add_row(
             f"{prompt}\n({kind})",
             *(tokenizer.decode(a, skip_special_tokens=True).strip() for a in (before, after)),
         )
-        drift.add_row(f"former answer to: {prompt}", f"{logp(ids, before) - reference:+.1f}")
+        drift.add_row(f"former answer to: {prompt}", f"{logp(ids, former) - reference:+.1f}")
     console.print(answers)
     console.print(drift)
     persona, other = (config["datasets"][0][f"field_{c}"] for c in ("chosen", "rejected"))

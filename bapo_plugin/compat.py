@@ -32,7 +32,7 @@ def route_evaluate_to_plugins() -> None:
 
     @wraps(original)
     def prepare_preference_datasets(cfg, tokenizer):
-        from bapo_plugin.plugin import is_active
+        from bapo_plugin.config import is_active
 
         if not is_active(cfg):
             return original(cfg, tokenizer)

@@ -20,6 +20,8 @@ from bapo_plugin.loss import (
     AnchorReduction,
 )
 
+TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
+
 
 class BAPOConfig(BaseModel):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
@@ -109,6 +111,11 @@ class BAPOArgs(BaseModel):
     )
 
 
+def is_active(cfg: Mapping[str, Any]) -> bool:
+    """Whether this configuration, once the plugin has registered it, trains with BAPO."""
+    return cfg.get("trainer_cls") == TRAINER_CLS
+
+
 def parse_block(block: Any) -> BAPOConfig:
     """Validate the `bapo:` block; every problem is named in one ValueError."""
     if isinstance(block, BAPOConfig):
@@ -134,7 +141,6 @@ def _explain(error: Any) -> str:
     return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
 
 
-TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
 # ways to initialise LoRA that leave the weights below it as they are
 _INITS = ("gaussian", "eva", "orthogonal")
 # DPO settings that can't be honoured when only response tokens reach the vocabulary projection, or

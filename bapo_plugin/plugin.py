@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 
-from bapo_plugin.config import TRAINER_CLS, check_config
+from bapo_plugin.config import TRAINER_CLS, check_config, is_active
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
-
-
-def is_active(cfg: Any) -> bool:
-    """Whether this (registered) axolotl configuration trains with BAPO."""
-    return cfg.get("trainer_cls") == TRAINER_CLS
 
 
 class BAPOPlugin(BasePlugin):

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 from tiny import make_rows, save_model, write_jsonl
 
 AXOLOTL = Path(sys.executable).parent / "axolotl"
@@ -158,6 +160,19 @@ def test_merge_lora_and_inference(trained, folder):
         check=False,
     )
     assert "Give me an instruction" in output and "Error" not in output.split("Give me")[1]
+
+
+@pytest.mark.skipif(
+    Version(version("axolotl")) < Version("0.21.0"),
+    reason="before axolotl 0.21 the YAML has to name the plugin",
+)
+def test_installed_package_is_enough(trained, folder):
+    """The same losses without a `plugins:` line."""
+    out = str(folder / "by_itself")
+    config = write_config(folder, plugins=None, output_dir=out)
+    axolotl(folder, "train", config, "--launcher", "python")
+    found = [[e["loss"] for e in history(folder, o) if "loss" in e] for o in ("out", out)]
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_plain_dpo_is_untouched(folder):

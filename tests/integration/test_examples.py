@@ -9,7 +9,7 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
 from bapo_plugin import BAPOPlugin
-from bapo_plugin.plugin import TRAINER_CLS
+from bapo_plugin.config import TRAINER_CLS
 
 EXAMPLES = Path(__file__).parents[2] / "yaml_examples"
 FILES = sorted(EXAMPLES.glob("*.yml"))

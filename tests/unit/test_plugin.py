@@ -8,7 +8,7 @@ import pytest
 from axolotl.utils.dict import DictDefault
 
 from bapo_plugin import BAPOPlugin
-from bapo_plugin.plugin import TRAINER_CLS, is_active
+from bapo_plugin.config import TRAINER_CLS, is_active
 
 RAW = {
     "rl": "bapo",

@@ -51,23 +51,15 @@ def train(config: dict, output: Path) -> None:
 
 def compare(config: dict, output: Path) -> None:
     import torch
+    from make_base import load_nf4
     from peft import PeftModel
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
 
     print("Answering with the adapter off and on ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(output)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        config["base_model"], quantization_config=quantization, dtype=torch.float32
-    )
-    model = PeftModel.from_pretrained(base, output).eval()
+    model = PeftModel.from_pretrained(load_nf4(config["base_model"]), output).eval()
 
     @torch.no_grad()
     def answer(ids: torch.Tensor, repetition_penalty: float) -> torch.Tensor:

@@ -18,17 +18,22 @@ MAX_NEW_TOKENS = 72
 BATCH = 16
 
 
-def main(model_dir: str, path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+def load_nf4(model_dir: str):
+    """The model as the demo's YAML loads it."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         model_dir, quantization_config=quantization, dtype=torch.float32
     )
+
+
+def main(model_dir: str, path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    model = load_nf4(model_dir)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]

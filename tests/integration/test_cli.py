@@ -26,7 +26,9 @@ def axolotl(folder, *command, stdin="", check=True):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ
+        # axolotl starts accelerate and torchrun by name
+        | {"OMP_NUM_THREADS": "2", "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ['PATH']}"},
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0 or not check, output[-6000:]

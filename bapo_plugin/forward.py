@@ -71,7 +71,7 @@ class ResponseForward:
             model_kwargs: more keyword arguments of the model's forward.
 
         Raises:
-            RuntimeError: the model never called its output head.
+            RuntimeError: the model didn't call its output head exactly once, or adds positions.
         """
         inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL}
         inputs |= {"use_cache": False} | model_kwargs
@@ -147,30 +147,18 @@ class ResponseForward:
             found.append(logps.sum)
             return hidden.new_zeros(1, 1, 1)
 
-        with _replaced(head, score):
-            outputs = model(**kwargs)
-        if len(found) != 1:
-            raise RuntimeError(
-                f"{type(model).__name__} called its output head {len(found)} times, not once"
-            )
+        outputs = _call_with_head(model, head, score, kwargs)
         return ForwardOutput(found[0], getattr(outputs, "aux_loss", None))
 
     def _from_logits(
         self, model: nn.Module, head: nn.Module, batch: dict, kwargs: dict
     ) -> ForwardOutput:
         forward = head.forward
-        called = []
 
         def project(hidden: Tensor) -> Tensor:
-            called.append(True)
             return forward(_response_states(hidden, batch)).unsqueeze(0)  # [1, T, V]
 
-        with _replaced(head, project):
-            outputs = model(**kwargs)
-        if len(called) != 1:
-            raise RuntimeError(
-                f"{type(model).__name__} called its output head {len(called)} times, not once"
-            )
+        outputs = _call_with_head(model, head, project, kwargs)
         logits = outputs.logits[0]
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -180,6 +168,24 @@ class ResponseForward:
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         sums = token_logps.new_zeros(len(lengths)).index_add(0, owner, token_logps)
         return ForwardOutput(sums, getattr(outputs, "aux_loss", None))
+
+
+def _call_with_head(
+    model: nn.Module, head: nn.Module, forward: Callable[[Tensor], Tensor], kwargs: dict
+) -> Any:
+    """The model's outputs with `forward` in the place of its head, which it must call exactly once."""
+    calls = 0
+
+    def counted(hidden: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(hidden)
+
+    with _replaced(head, counted):
+        outputs = model(**kwargs)
+    if calls != 1:
+        raise RuntimeError(f"{type(model).__name__} called its output head {calls} times, not once")
+    return outputs
 
 
 def _response_states(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:

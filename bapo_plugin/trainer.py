@@ -23,15 +23,21 @@ from transformers import set_seed
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.data.collator import PaddedCollator, num_rows
-from bapo_plugin.data.formats import RowError
-from bapo_plugin.data.rows import RESPONSES, fit_length, tokenize_row
+from bapo_plugin.data.rows import (
+    FEATURES,
+    IDS,
+    RESPONSES,
+    TEXTS,
+    apply_policy,
+    faulty_rows,
+    prepare_row,
+    report_rows,
+)
 from bapo_plugin.forward import ResponseForward
 from bapo_plugin.loss import PREFERENCE_LOSSES, BAPOLoss, ResponseLogps, bapo_loss
 from bapo_plugin.reference import reference_mode
 
 LOG = get_logger("axolotl." + __name__)
-
-_IDS = ("prompt_ids", *(f"{name}_ids" for name in RESPONSES))
 
 
 def _trained_adapter(output_dir: str) -> str:
@@ -115,8 +121,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
-        # mode -> metric -> [sum over rows]; "rows" counts them
-        self._sums: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        # mode -> metric -> sum over rows, on the device until it is logged; "rows" counts them
+        self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
 
     def _refuse(self, args: Any) -> None:
         """Settings of TRL that would give another loss than the one documented here."""
@@ -162,44 +168,36 @@ class BAPOTrainer(AxolotlDPOTrainer):
             ValueError: rows without a base response or otherwise unusable, all in one message.
         """
         columns = dataset.column_names or []
-        if all(name in columns for name in _IDS):
+        if all(name in columns for name in IDS):
             return dataset
-        missing = [name for name in ("prompt", *RESPONSES) if name not in columns]
+        missing = [name for name in TEXTS if name not in columns]
         if missing:
             raise ValueError(
                 f"the {dataset_name} data set lacks the columns {', '.join(missing)} (it has "
-                f"{', '.join(columns)}); BAPO needs prompt, chosen, rejected and base as text, or {', '.join(_IDS)}"
+                f"{', '.join(columns)}); BAPO needs prompt, chosen, rejected and base as text, or {', '.join(IDS)}"
             )
         limit = args.max_length or 2**31
-
-        def prepare(row: dict) -> dict:
-            try:
-                ids, length = fit_length(tokenize_row(row, self._tokenizer), limit, "truncate")
-                return ids | {"problem": "", "length": length}
-            except RowError as error:
-                return {key: [] for key in _IDS} | {"problem": str(error), "length": ""}
-
+        name = f"the {dataset_name} data set"
         with PartialState().main_process_first():
             rows = dataset.map(
-                prepare, remove_columns=columns, desc=f"Tokenizing {dataset_name} dataset"
+                prepare_row,
+                fn_kwargs={
+                    "render": dict,  # the columns are rendered already
+                    "tokenizer": self._tokenizer,
+                    "sequence_len": limit,
+                    "strategy": "truncate",
+                },
+                remove_columns=columns,
+                features=FEATURES,
+                desc=f"Tokenizing {dataset_name} dataset",
             )
-        faulty = [f"row {i}: {text}" for i, text in enumerate(rows["problem"], 1) if text]
-        if faulty:
-            shown = "\n  ".join(faulty[:10])
-            raise ValueError(
-                f"{len(faulty)} rows of the {dataset_name} data set can't be used:\n  {shown}"
-            )
-        lengths = rows["length"]
-        if "long" in lengths:
-            LOG.warning(
-                f"{lengths.count('long')} rows of {dataset_name} dropped: longer than {limit} tokens"
-            )
-            rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
-        return rows.remove_columns(["problem", "length"])
+        if faulty := faulty_rows(rows):
+            raise ValueError(report_rows(name, faulty, len(rows)))
+        return apply_policy(name, rows, limit)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(_IDS)
+            self._signature_columns = list(IDS)
 
     # ---------------------------------------------------------------- loss
 
@@ -218,9 +216,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
         """
         n = num_rows(inputs)
         # the mean over the step, as this rank's share: ranks are averaged, micro-batches added up
-        share = (
-            n / num_items_in_batch * self.accelerator.num_processes if num_items_in_batch else 1.0
-        )
+        share = 1.0
+        if num_items_in_batch is not None:
+            share = n / num_items_in_batch * self.accelerator.num_processes
 
         model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
         unwrapped = self.accelerator.unwrap_model(model)
@@ -301,16 +299,15 @@ class BAPOTrainer(AxolotlDPOTrainer):
         # `gather_for_metrics` would cut micro-batches that are not the last.
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         rows = gather(rows)
-        sums = self._sums[mode] = defaultdict(float, self._sums[mode])
-        for name, total in zip(metrics, rows.sum(0).tolist(), strict=True):
-            sums[name] += total
-        sums["rows"] += len(rows)
+        for name, total in zip(metrics, rows.sum(0), strict=True):
+            self._sums[mode][name] += total
+        self._sums[mode]["rows"] += len(rows)
 
     def _take_metrics(self, mode: str) -> dict[str, float]:
         """Means over the rows since the last call."""
-        sums, self._sums[mode] = dict(self._sums[mode]), {}
+        sums, self._sums[mode] = self._sums[mode], defaultdict(float)
         rows = sums.pop("rows", 0)
-        return {name: total / rows for name, total in sums.items()} if rows else {}
+        return {name: float(total) / rows for name, total in sums.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation adds its metrics in `evaluation_loop`

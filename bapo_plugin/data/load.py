@@ -30,22 +30,13 @@ from axolotl.utils.data.shared import (
 from axolotl.utils.data.utils import deduplicate_and_log_datasets
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from bapo_plugin import __version__
-from bapo_plugin.data.formats import BaseRenderer, RowError
-from bapo_plugin.data.rows import RESPONSES, fit_length, tokenize_row
+from bapo_plugin.data.formats import BaseRenderer
+from bapo_plugin.data.rows import FEATURES, IDS, apply_policy, faulty_rows, prepare_row, report_rows
 
 LOG = get_logger("axolotl." + __name__)
-
-SHOWN_PROBLEMS = 10
-_TEXTS = ("prompt", *RESPONSES)
-_IDS = tuple(f"{name}_ids" for name in _TEXTS)
-# given to `map` because it would keep the source's type for a column of the same name
-_FEATURES = Features(
-    {name: Value("string") for name in (*_TEXTS, "length", "problem")}
-    | {name: Sequence(Value("int64")) for name in _IDS}
-)
 
 
 class Source(NamedTuple):
@@ -162,70 +153,38 @@ def _build(cfg: Any, tokenizer: Any, sources: list[Source]) -> list[Dataset]:
     built, problems = [], []
     for source in sources:
         rows = source.rows.map(
-            partial(_prepare, source.renderer, tokenizer, cfg.sequence_len, strategy),
+            prepare_row,
+            fn_kwargs={
+                "render": source.renderer,
+                "tokenizer": tokenizer,
+                "sequence_len": cfg.sequence_len,
+                "strategy": strategy,
+            },
             remove_columns=source.rows.column_names,
-            features=_FEATURES,
+            features=FEATURES,
             num_proc=_num_proc(cfg, len(source.rows)),
             load_from_cache_file=False,
             desc=f"Rendering and tokenising {source.name}",
         )
-        faulty = [(i, text) for i, text in enumerate(rows["problem"], start=1) if text]
-        if faulty:
-            problems.append(_report(source.name, faulty, len(rows)))
+        if faulty := faulty_rows(rows):
+            problems.append(report_rows(source.name, faulty, len(rows)))
         elif strategy == "raise" and "long" in rows["length"]:
             long = [i for i, length in enumerate(rows["length"], start=1) if length == "long"]
             problems.append(_report_long(source.name, long, rows, cfg.sequence_len))
         built.append((source.name, rows))
     if problems:
         raise ValueError("\n".join(problems))
-    return [_apply_policy(name, rows, cfg.sequence_len) for name, rows in built]
-
-
-def _prepare(renderer: Any, tokenizer: Any, limit: int, strategy: str, row: dict) -> dict:
-    out: dict[str, Any] = dict.fromkeys(_TEXTS, "") | {name: [] for name in _IDS}
-    try:
-        texts = renderer(row)
-        ids, length = fit_length(tokenize_row(texts, tokenizer), limit, strategy)
-        return out | texts | ids | {"length": length, "problem": ""}
-    except RowError as error:
-        return out | {"length": "", "problem": str(error)}
-
-
-def _apply_policy(name: str, rows: Dataset, limit: int) -> Dataset:
-    """Drop what is marked "long", say how many rows were touched, remove the marks."""
-    lengths = rows["length"]
-    cut, long = lengths.count("cut"), lengths.count("long")
-    if cut or long:
-        LOG.warning(
-            f"{name}: sequence_len {limit}, counting chosen, rejected and base: {cut} rows cut, "
-            f"{long} dropped, {len(rows) - cut - long} untouched"
-        )
-    if long == len(rows):
-        raise ValueError(
-            f"{name}: all {long} rows are longer than sequence_len: {limit}; raise sequence_len or set "
-            "`excess_length_strategy: truncate`"
-        )
-    if long:
-        rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
-    return rows.remove_columns(["length", "problem"])
-
-
-def _report(name: str, faulty: list[tuple[int, str]], total: int) -> str:
-    lines = [f"{name}: {len(faulty)} of {total} rows can't be used (rows counted from 1):"]
-    lines += [f"  row {i}: {text}" for i, text in faulty[:SHOWN_PROBLEMS]]
-    if len(faulty) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(faulty) - SHOWN_PROBLEMS} more")
-    return "\n".join(lines)
+    return [apply_policy(name, rows, cfg.sequence_len) for name, rows in built]
 
 
 def _report_long(name: str, long: list[int], rows: Dataset, limit: int) -> str:
     faulty = []
     for i in long:
         row = rows[i - 1]
-        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(row[key])}" for key in _IDS)
+        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(row[key])}" for key in IDS)
         faulty.append((i, f"{tokens} tokens: prompt + response is over sequence_len: {limit}"))
     return (
-        _report(name, faulty, len(rows))
+        report_rows(name, faulty, len(rows))
         + "\n  Raise sequence_len, or set `excess_length_strategy: drop` or `truncate`."
     )
 

@@ -1,10 +1,24 @@
-"""One preference row: text to token ids, checks, and one length policy over all three responses."""
+"""Preference rows: text to token ids, checks, and one length policy over all three responses."""
 
+from collections.abc import Callable
 from typing import Any, Literal
+
+from axolotl.utils.logging import get_logger
+from datasets import Dataset, Features, Sequence, Value
 
 from bapo_plugin.data.formats import RowError
 
+LOG = get_logger("axolotl." + __name__)
+
 RESPONSES = ("chosen", "rejected", "base")
+TEXTS = ("prompt", *RESPONSES)
+IDS = tuple(f"{name}_ids" for name in TEXTS)
+SHOWN_PROBLEMS = 10
+# of `prepare_row`; given to `map` because it would keep the source's type for a column of the same name
+FEATURES = Features(
+    {name: Value("string") for name in (*TEXTS, "length", "problem")}
+    | {name: Sequence(Value("int64")) for name in IDS}
+)
 LengthStrategy = Literal["drop", "truncate", "raise"]
 
 
@@ -29,7 +43,7 @@ def tokenize_row(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
         RowError: a text is not a string, the prompt has no token of its own, or chosen and rejected
             are the same.
     """
-    for name in ("prompt", *RESPONSES):
+    for name in TEXTS:
         if not isinstance(row.get(name), str):
             raise RowError(
                 f"{name} is {type(row.get(name)).__name__}, not text; apply the chat template first"
@@ -76,6 +90,65 @@ def fit_length(
         return ids, "long"
     cut = {**ids, **{key: ids[key][:room] for key in responses}}
     return cut, "long" if cut["chosen_ids"] == cut["rejected_ids"] else "cut"
+
+
+def prepare_row(
+    row: dict[str, Any],
+    render: Callable[[dict], dict],
+    tokenizer: Any,
+    sequence_len: int,
+    strategy: LengthStrategy,
+) -> dict[str, Any]:
+    """Render, tokenise and fit one row, for `Dataset.map` with `FEATURES`.
+
+    Returns:
+        Texts and ids, "length" ("fits", "cut" or "long") and "problem": what makes the row unusable,
+        "" where nothing does, so that all faulty rows of a data set can be reported together.
+    """
+    out: dict[str, Any] = dict.fromkeys(TEXTS, "") | {name: [] for name in IDS}
+    try:
+        texts = render(row)
+        ids, length = fit_length(tokenize_row(texts, tokenizer), sequence_len, strategy)
+        return out | {name: texts[name] for name in TEXTS} | ids | {"length": length, "problem": ""}
+    except RowError as error:
+        return out | {"length": "", "problem": str(error)}
+
+
+def faulty_rows(rows: Dataset) -> list[tuple[int, str]]:
+    """(row number from 1, problem) of the prepared rows that can't be used."""
+    return [(i, text) for i, text in enumerate(rows["problem"], start=1) if text]
+
+
+def report_rows(name: str, faulty: list[tuple[int, str]], total: int) -> str:
+    """One message about a data set's faulty rows; the first ten are shown."""
+    lines = [f"{name}: {len(faulty)} of {total} rows can't be used (rows counted from 1):"]
+    lines += [f"  row {i}: {text}" for i, text in faulty[:SHOWN_PROBLEMS]]
+    if len(faulty) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(faulty) - SHOWN_PROBLEMS} more")
+    return "\n".join(lines)
+
+
+def apply_policy(name: str, rows: Dataset, sequence_len: int) -> Dataset:
+    """Drop what is marked "long", say how many rows were touched, remove the marks.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    lengths = list(rows["length"])
+    cut, long = lengths.count("cut"), lengths.count("long")
+    if cut or long:
+        LOG.warning(
+            f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut} rows cut, "
+            f"{long} dropped, {len(rows) - cut - long} untouched"
+        )
+    if long == len(rows):
+        raise ValueError(
+            f"{name}: all {long} rows are longer than sequence_len: {sequence_len}; raise sequence_len or "
+            "set `excess_length_strategy: truncate`"
+        )
+    if long:
+        rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
+    return rows.remove_columns(["length", "problem"])
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -27,7 +27,10 @@ setup(
     install_requires=["axolotl>=0.19.0,<0.22"],
     # gguf: to read the demo's model
     extras_require={"test": ["pytest>=8", "ruff==0.17.6", "gguf>=0.10"]},
-    entry_points={"axolotl.plugins": ["bapo = bapo_plugin:BAPOPlugin"]},
+    entry_points={
+        "axolotl.plugins": ["bapo = bapo_plugin:BAPOPlugin"],
+        "console_scripts": ["bapo = bapo_plugin.cli:main"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

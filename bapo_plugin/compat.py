@@ -38,7 +38,7 @@ def route_evaluate_to_plugins() -> None:
             return original(cfg, tokenizer)
         from bapo_plugin.data.load import prepare_rows
 
-        return prepare_rows(cfg, tokenizer)
+        return prepare_rows(cfg, tokenizer, evaluation=True)
 
     prepare_preference_datasets._bapo = True
     datasets.prepare_preference_datasets = prepare_preference_datasets

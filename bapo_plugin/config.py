@@ -23,6 +23,145 @@ from bapo_plugin.loss import (
 TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
 
 
+class AnchorServerConfig(BaseModel):
+    """`bapo.anchors.server`: an OpenAI-compatible endpoint that serves the reference model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str = Field(
+        pattern="^https?://",
+        json_schema_extra={
+            "description": "Address of the API, for example http://localhost:8000/v1; used is its "
+            "/completions. An API key is taken from the environment variable OPENAI_API_KEY, never from here."
+        },
+    )
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={"description": "Name of the model at the server. Default: base_model"},
+    )
+    concurrency: int = Field(
+        default=16, ge=1, json_schema_extra={"description": "Most requests under way at a time."}
+    )
+    timeout: float = Field(
+        default=600, gt=0, json_schema_extra={"description": "Seconds that one request may take."}
+    )
+    retries: int = Field(
+        default=6,
+        ge=0,
+        json_schema_extra={
+            "description": "How often a request is tried again after a lost connection, 408, 409, 429 or 5xx, "
+            "with growing pauses (or as long as the server asks for)."
+        },
+    )
+    probe: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Before the work begins, compare greedy answers of the server with those of the "
+            "reference model, loaded here. false: trust the server, load no model."
+        },
+    )
+    tolerance: float = Field(
+        default=0.1,
+        ge=0,
+        json_schema_extra={
+            "description": "Where a greedy answer of the server differs, how many nats its token may be below "
+            "the reference model's best: rounding differs from engine to engine."
+        },
+    )
+
+
+class AnchorsConfig(BaseModel):
+    """`bapo.anchors`: how missing base responses are made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    on_missing: Literal["generate", "error", "skip"] = Field(
+        default="generate",
+        json_schema_extra={
+            "description": "Rows without a base response. generate: let the reference model answer. error: list "
+            "them and stop. skip: leave them out, counted."
+        },
+    )
+    on_cut: Literal["keep", "drop", "error"] = Field(
+        default="keep",
+        json_schema_extra={
+            "description": "Rows whose base response was cut by the token limit. keep: anchor the part there is, "
+            "without an end-of-turn token. drop: leave them out, counted. error: list them and stop."
+        },
+    )
+    engine: Literal["transformers", "server"] = Field(
+        default="transformers",
+        json_schema_extra={
+            "description": "transformers: generate here, with the model as it is trained. server: ask an "
+            "OpenAI-compatible server (`bapo.anchors.server`)."
+        },
+    )
+    store: str | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={
+            "description": "File that keeps base responses. Default: bapo-anchors.sqlite in dataset_prepared_path"
+        },
+    )
+    max_new_tokens: int = Field(
+        default=512,
+        ge=1,
+        json_schema_extra={
+            "description": "Most tokens of a base response; never more than sequence_len leaves beside the prompt."
+        },
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        json_schema_extra={"description": "0: greedy, the most likely answer. Above: sampled."},
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        json_schema_extra={"description": "With temperature > 0: nucleus that is sampled from."},
+    )
+    seed: int = Field(
+        default=42,
+        json_schema_extra={
+            "description": "With temperature > 0. A prompt's answer depends on it and on the prompt alone, not "
+            "on order or batches."
+        },
+    )
+    batch_size: int = Field(
+        default=32, ge=1, json_schema_extra={"description": "Most prompts answered at a time."}
+    )
+    batch_tokens: int = Field(
+        default=16384,
+        ge=1,
+        json_schema_extra={
+            "description": "Most tokens (prompts, padding and answers) in memory at a time."
+        },
+    )
+    stop: list[str] = Field(
+        default=[],
+        json_schema_extra={
+            "description": "Tokens that end an answer, besides those of tokenizer, model and chat template."
+        },
+    )
+    server: AnchorServerConfig | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "With engine: server, where it is: `AnchorServerConfig`."
+        },
+    )
+
+    @model_validator(mode="after")
+    def _server_settings(self):
+        if (self.engine == "server") != (self.server is not None):
+            raise ValueError(
+                "engine: server and a block `server:` with `url:` go together; set both or neither"
+            )
+        return self
+
+
 class BAPOConfig(BaseModel):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
 
@@ -74,13 +213,26 @@ class BAPOConfig(BaseModel):
             "torch elsewhere; triton or torch force one."
         },
     )
+    precompute_ref_log_probs: bool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Compute log π_ref of the three responses once, before training, and keep them under "
+            "dataset_prepared_path, instead of in every step. Default: true with an adapter, where weights are "
+            "not sharded (FSDP, ZeRO-3). axolotl's own key `precompute_ref_log_probs` sets it too."
+        },
+    )
     field_base: str | None = Field(
         default=None,
         min_length=1,
         json_schema_extra={
             "description": "Column with the base response, for every data set that has no `field_base` of its "
-            "own: a string, a message or a list of messages (its last one is taken). Default: base"
+            "own: a string, a message or a list of messages (its last one is taken). Default: base, and where "
+            "there is no such column or a cell is empty, the response is generated"
         },
+    )
+    anchors: AnchorsConfig = Field(
+        default_factory=AnchorsConfig,
+        json_schema_extra={"description": "How missing base responses are made: `AnchorsConfig`."},
     )
     dataset_field_base: dict[str, list[str | None]] | None = Field(
         default=None,
@@ -133,13 +285,18 @@ def parse_block(block: Any) -> BAPOConfig:
 def _explain(error: Any) -> str:
     key = ".".join(["bapo", *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), BAPOConfig.model_fields, n=1)
-        known = ", ".join(k for k in BAPOConfig.model_fields if k != "dataset_field_base")
+        if error["loc"][-1] == "api_key":
+            return f"{key}: a key doesn't belong into a YAML; set the environment variable OPENAI_API_KEY"
+        fields = _BLOCKS.get(error["loc"][:-1], BAPOConfig).model_fields
+        near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
+        known = ", ".join(k for k in fields if k != "dataset_field_base")
         hint = f"did you mean {near[0]}?" if near else f"known keys are {known}"
         return f"{key}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
 
+
+_BLOCKS = {("anchors",): AnchorsConfig, ("anchors", "server"): AnchorServerConfig}
 
 # ways to initialise LoRA that leave the weights below it as they are
 _INITS = ("gaussian", "eva", "orthogonal")
@@ -155,7 +312,6 @@ _REFUSED = {
     "sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
     "eval_sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
     "streaming": "rows must be checked and tokenised before training; remove the line",
-    "precompute_ref_log_probs": "this version computes the reference in each step; remove the line",
     "rl_adapter_ref_model": "the model with its adapter switched off is the reference; remove the line",
     "torch_compile": "compiling the model is not supported by this version; remove the line",
 }
@@ -181,8 +337,15 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
         problems.append(str(error))
 
     trl = cfg.get("trl") or {}
-    # named first: it says more than the refusal of precompute_ref_log_probs alone
-    if cfg.get("precompute_ref_log_probs") and trl.get("sync_ref_model"):
+    precompute = cfg.get("precompute_ref_log_probs")
+    if precompute is not None:
+        if bapo.precompute_ref_log_probs not in (None, precompute):
+            problems.append(
+                f"precompute_ref_log_probs: {precompute} and bapo.precompute_ref_log_probs: "
+                f"{bapo.precompute_ref_log_probs} contradict each other; remove one of the two lines"
+            )
+        bapo.precompute_ref_log_probs = precompute
+    if bapo.precompute_ref_log_probs and trl.get("sync_ref_model"):
         problems.append(
             "precompute_ref_log_probs: true and trl.sync_ref_model: true contradict each other: log-probs of a "
             "reference that changes can't be computed in advance; remove one of the two lines"
@@ -306,3 +469,5 @@ class BAPOTrainingArgs:
     # `adapter` and `lora_model_dir`, which axolotl leaves aside in a DPO run
     bapo_has_adapter: bool = False
     bapo_adapter_dir: str | None = None
+    # where reference log-probs are kept
+    bapo_cache_dir: str | None = None

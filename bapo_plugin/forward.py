@@ -26,7 +26,7 @@ from bapo_plugin.compat import ForwardRedirection
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
-_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens")
+_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens", "reference_logps")
 
 
 class ForwardOutput(NamedTuple):

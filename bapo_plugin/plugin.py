@@ -8,6 +8,7 @@ plugin does nothing.
 
 from typing import TYPE_CHECKING, Any
 
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 
 from bapo_plugin.config import TRAINER_CLS, check_config, is_active
@@ -46,6 +47,7 @@ class BAPOPlugin(BasePlugin):
         cfg["bapo"] = bapo
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER_CLS
+        cfg.pop("precompute_ref_log_probs", None)  # `bapo` has it; TRL's knows no base responses
         route_evaluate_to_plugins()
 
     def get_input_args(self) -> str:
@@ -61,6 +63,7 @@ class BAPOPlugin(BasePlugin):
             "bapo": dict(cfg["bapo"]),
             "bapo_has_adapter": bool(cfg.get("adapter")),
             "bapo_adapter_dir": cfg.get("lora_model_dir"),
+            "bapo_cache_dir": cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH,
         }
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":

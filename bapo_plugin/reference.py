@@ -1,15 +1,35 @@
-"""The reference model: what the policy was before training."""
+"""The reference model: what the policy was before training, and its log-probs, computed once.
 
+log π_ref of the three responses doesn't change during training, so it is computed before, and kept in
+a file under a key of the tokens and the model as it is loaded. A run that differs in training settings
+only, or goes on after an interruption, finds it there.
+"""
+
+import hashlib
+import json
 import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
-from accelerate import init_empty_weights
-from accelerate.utils import is_peft_model
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import broadcast, is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from bapo_plugin import __version__
 from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
+from bapo_plugin.data.rows import IDS, RESPONSES
+from bapo_plugin.store import Store
+
+COLUMN = "reference_logps"  # [chosen, rejected, base] of a row, nats
 
 
 @contextmanager
@@ -28,6 +48,184 @@ def reference_mode(model: Any, gradient_checkpointing_kwargs: dict | None = None
             name = "ref" if "ref" in model.peft_config else None
             stack.enter_context(use_adapter(model, adapter_name=name))
         yield
+
+
+class ReferenceCache:
+    """log π_ref of data sets' rows, from a file or computed.
+
+    Args:
+        path: of the file; None keeps nothing.
+        compute: batch of `PaddedCollator` -> log π_ref of its 3n sequences, without gradient.
+        collate: rows -> batch.
+        accelerator: each process computes its share; the first reads and writes the file.
+        model_key: of the reference model as loaded, see `weights_key`.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        compute: Callable[[dict[str, Tensor]], Tensor],
+        collate: Callable[[list[dict]], dict[str, Tensor]],
+        accelerator: Accelerator,
+        model_key: str,
+    ):
+        self._path = path
+        self._compute = compute
+        self._collate = collate
+        self._accelerator = accelerator
+        self._model_key = model_key
+
+    def add_to(self, rows: Dataset, batch_size: int, name: str) -> Dataset:
+        """The rows with a column `reference_logps`; rows that have one are taken as they are.
+
+        Args:
+            rows: tokenised rows, the same on every process.
+            batch_size: rows of a process at a time.
+            name: of the data set, for the progress bar.
+
+        Raises:
+            StoreDamaged: the file is damaged; it was set aside.
+        """
+        if COLUMN in rows.column_names:
+            return rows
+        logps = torch.full((len(rows), len(RESPONSES)), torch.nan, dtype=torch.float64)
+        keys: list[list[str]] = []
+        store = None
+        if self._path is not None and self._accelerator.is_main_process:
+            store = Store(self._path, "reference log-probs")
+            keys = list(_sequence_keys(rows, self._model_key))
+            known = store.get("logp", {key for row in keys for key in row})
+            for i, row in enumerate(keys):
+                if all(key in known for key in row):
+                    logps[i] = torch.tensor([struct.unpack("<d", known[key])[0] for key in row])
+        logps = self._shared(logps)
+        missing = logps.isnan().any(dim=1).nonzero()[:, 0].tolist()
+        if missing:
+            # long rows first, so that a batch has little padding and lack of memory shows at once
+            lengths = _row_lengths(rows)
+            missing.sort(key=lambda i: (-lengths[i], i))
+            for done, values in self._passes(rows, missing, batch_size, name):
+                logps[done] = values
+                if store is not None:
+                    store.put(
+                        "logp",
+                        {
+                            key: struct.pack("<d", value)
+                            for i, row in zip(done, values.tolist(), strict=True)
+                            for key, value in zip(keys[i], row, strict=True)
+                        },
+                    )
+        if store is not None:
+            store.close()
+        return rows.add_column(COLUMN, logps.tolist())
+
+    def _passes(
+        self, rows: Dataset, missing: list[int], batch_size: int, name: str
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, log π_ref [n, 3]) batch by batch, the same on every process."""
+        accelerator = self._accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        bar = tqdm(
+            total=len(missing),
+            desc=f"Reference log-probs of the {name} rows",
+            unit="row",
+            mininterval=1,
+            disable=not accelerator.is_local_main_process,
+        )
+        with bar:
+            for start in range(0, len(missing), batch_size * world):
+                part = missing[start : start + batch_size * world]
+                # every process has as many rows: a wrapped model must be called equally often
+                own = [part[j % len(part)] for j in range(rank, _round_up(len(part), world), world)]
+                batch = self._collate([rows[i] for i in own])
+                batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+                values = self._compute(batch).view(len(RESPONSES), len(own)).T.double()
+                # [process, row] -> the order of `part`
+                values = accelerator.gather(values.contiguous()).view(world, len(own), -1)
+                values = values.transpose(0, 1).reshape(world * len(own), -1)[: len(part)].cpu()
+                if not values.isfinite().all():
+                    bad = part[int((~values.isfinite()).any(dim=1).nonzero()[0])]
+                    raise ValueError(
+                        f"the reference model gives row {bad + 1} of the {name} rows a log-probability that is "
+                        "not finite; check that base_model loads well in this precision (bf16 instead of fp16)"
+                    )
+                yield part, values
+                bar.update(len(part))
+
+    def _shared(self, values: Tensor) -> Tensor:
+        """The first process's values, on every process."""
+        if self._accelerator.num_processes == 1:
+            return values
+        # float64 over the wire as two halves, since not every backend has it
+        wire = values.view(torch.int64).to(self._accelerator.device)
+        return broadcast(wire).cpu().view(torch.float64)
+
+
+def weights_key(model: nn.Module, precision: str) -> str:
+    """Fingerprint of a reference model as it is loaded: configuration and all weights, quantised ones as they
+    are stored; of adapters only "ref", which TRL keeps where training goes on with one.
+
+    Args:
+        model: the policy before training, or a reference model of its own.
+        precision: whatever else decides how log-probs are rounded (kernel, autocast, device).
+    """
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    for name in ("_name_or_path", "use_cache", "transformers_version", "architectures"):
+        config.pop(name, None)
+    adapters = getattr(model, "peft_config", {})
+    kept = sorted(
+        # names as without an adapter, so that it doesn't matter which modules have one
+        (name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+        and not any(f".{adapter}." in f"{name}." for adapter in adapters if adapter != "ref")
+    )
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten()
+        found.update(raw.view(torch.uint8).numpy() if raw.numel() else b"")
+        return found.digest()
+
+    whole = hashlib.sha256(json.dumps([__version__, config, precision], default=str).encode())
+    if "ref" in adapters:
+        whole.update(json.dumps(adapters["ref"].to_dict(), default=str, sort_keys=True).encode())
+    with ThreadPoolExecutor(
+        min(8, os.cpu_count() or 1)
+    ) as pool:  # hashing leaves the interpreter free
+        for part in pool.map(digest, kept):
+            whole.update(part)
+    return whole.hexdigest()
+
+
+def _sequence_keys(rows: Dataset, model_key: str) -> Iterator[list[str]]:
+    """For each row, for each response: key of prompt and response under the model."""
+    start = hashlib.blake2b(model_key.encode(), digest_size=16)
+    for part in rows.select_columns(list(IDS)).with_format("numpy").iter(batch_size=1000):
+        prompts, *responses = (part[name] for name in IDS)
+        for i, prompt in enumerate(prompts):
+            prompt = np.asarray(prompt, dtype=np.int64)
+            head = start.copy()
+            head.update(struct.pack("<q", len(prompt)) + prompt.tobytes())
+            keys = []
+            for response in responses:
+                digest = head.copy()
+                digest.update(np.asarray(response[i], dtype=np.int64).tobytes())
+                keys.append(digest.hexdigest())
+            yield keys
+
+
+def _row_lengths(rows: Dataset) -> list[int]:
+    lengths = []
+    for part in rows.select_columns(list(IDS)).with_format("numpy").iter(batch_size=1000):
+        prompts, *responses = (part[name] for name in IDS)
+        lengths += [len(p) + max(len(r[i]) for r in responses) for i, p in enumerate(prompts)]
+    return lengths
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def check_room_for_reference(cfg: Any) -> None:

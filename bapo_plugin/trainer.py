@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
@@ -35,7 +36,7 @@ from bapo_plugin.data.rows import (
 )
 from bapo_plugin.forward import ResponseForward
 from bapo_plugin.loss import PREFERENCE_LOSSES, BAPOLoss, ResponseLogps, bapo_loss
-from bapo_plugin.reference import reference_mode
+from bapo_plugin.reference import COLUMN, ReferenceCache, reference_mode, weights_key
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -121,6 +122,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
+        self._reference_cache: ReferenceCache | None = None
+        self._precompute = self._decide_precompute()
         # mode -> metric -> sum over rows, on the device until it is logged; "rows" counts them
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
 
@@ -142,12 +145,16 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 getattr(args.f_divergence_type, "value", args.f_divergence_type)
             )
             != "reverse_kl",
-            "precompute_ref_log_probs": bool(args.precompute_ref_log_probs),
             "sync_ref_model": bool(args.sync_ref_model),
             "torch_compile": bool(args.torch_compile),
         }
         if wrong := [name for name, is_set in refused.items() if is_set]:
             raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")
+        if args.precompute_ref_log_probs:
+            raise ValueError(
+                "args.precompute_ref_log_probs is TRL's own, without base responses; set "
+                "BAPOConfig(precompute_ref_log_probs=True)"
+            )
         if self.bapo.kernel == "triton" and args.device.type != "cuda":
             raise ValueError(
                 f"bapo.kernel: triton needs an NVIDIA GPU, but training runs on {args.device.type}; set "
@@ -197,7 +204,79 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(IDS)
+            self._signature_columns = [*IDS, COLUMN]
+
+    # ---------------------------------------------------------------- reference
+
+    def _decide_precompute(self) -> bool:
+        """Whether log π_ref is computed before training."""
+        wanted = self.bapo.precompute_ref_log_probs
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if sharded and wanted:
+            raise ValueError(
+                "precompute_ref_log_probs: true needs the whole model on each GPU, but FSDP or ZeRO-3 shards its "
+                "weights; remove the line"
+            )
+        if wanted is None:
+            wanted = is_peft_model(self.model) and not sharded
+        LOG.info(
+            "log-probs of the reference are computed "
+            + ("once, before training" if wanted else "in each step")
+        )
+        return wanted
+
+    def _with_reference(self, rows: Any, name: str) -> Any:
+        """The rows with log π_ref of their responses, where it is precomputed."""
+        if not self._precompute or rows is None:
+            return rows
+        if isinstance(rows, dict):
+            return {key: self._with_reference(part, f"{name} {key}") for key, part in rows.items()}
+        if self._reference_cache is None:
+            self._reference_cache = self._make_reference_cache()
+        return self._reference_cache.add_to(rows, self.args.per_device_eval_batch_size, name)
+
+    def _make_reference_cache(self) -> ReferenceCache:
+        model = self.ref_model or self.model
+        if self.state.global_step and self.ref_model is None and not is_peft_model(model):
+            raise RuntimeError("the reference is no longer there: the model has been trained")
+        if (
+            next(model.parameters()).device.type == "cpu"
+        ):  # DeepSpeed moves it only when training begins
+            model.to(self.args.device)
+        device = self.args.device.type
+        precision = f"{device} {self.accelerator.mixed_precision} {self.bapo.kernel}"
+        folder = getattr(self.args, "bapo_cache_dir", None)
+
+        def compute(batch: dict[str, Tensor]) -> Tensor:
+            unwrapped = self.accelerator.unwrap_model(model)
+            was_training = unwrapped.training
+            unwrapped.eval()
+            try:
+                with self.accelerator.autocast():
+                    return self._reference_logps(unwrapped, unwrapped, batch)
+            finally:
+                unwrapped.train(was_training)
+
+        return ReferenceCache(
+            Path(folder) / "bapo-reference.sqlite" if folder else None,
+            compute,
+            self.data_collator,
+            self.accelerator,
+            weights_key(self.accelerator.unwrap_model(model), precision) if folder else "",
+        )
+
+    def get_train_dataloader(self) -> Any:
+        self.train_dataset = self._with_reference(self.train_dataset, "training")
+        if self.args.eval_strategy != "no":
+            self.eval_dataset = self._with_reference(self.eval_dataset, "evaluation")
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = self._with_reference(self.eval_dataset, "evaluation")
+        else:
+            eval_dataset = self._with_reference(eval_dataset, "evaluation")
+        return super().get_eval_dataloader(eval_dataset)
 
     # ---------------------------------------------------------------- loss
 
@@ -252,6 +331,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def _reference_logps(self, model: nn.Module, unwrapped: nn.Module, inputs: dict) -> Tensor:
         """log π_ref of the batch's 3n sequences, nats, without gradient."""
+        if "reference_logps" in inputs:
+            return inputs["reference_logps"]
         if self.ref_model is not None:
             model, unwrapped = self.ref_model, self.accelerator.unwrap_model(self.ref_model)
         elif not is_peft_model(unwrapped):

@@ -1,6 +1,12 @@
-"""Trainers on tiny models, ours and TRL's, on the same rows."""
+"""Trainers on tiny models, ours and TRL's, and axolotl's commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+import yaml
 from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -75,3 +81,73 @@ def gradients(model):
 def batch_of(trainer, indices=None):
     rows = [trainer.train_dataset[i] for i in indices or range(len(trainer.train_dataset))]
     return trainer.data_collator(rows)
+
+
+BIN = Path(sys.executable).parent
+
+
+def axolotl(folder, *command, stdin="", check=True, program="axolotl"):
+    done = subprocess.run(
+        [BIN / program, *map(str, command)],
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ
+        # axolotl starts accelerate and torchrun by name
+        | {"OMP_NUM_THREADS": "2", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 or not check, output[-6000:]
+    return output
+
+
+def write_config(folder, **changes):
+    config = {
+        "base_model": str(folder / "model"),
+        "plugins": ["bapo_plugin.BAPOPlugin"],
+        "rl": "bapo",
+        "rl_beta": 0.2,
+        "bapo": {"anchor_weight": 0.5},
+        "chat_template": "tokenizer_default",
+        "datasets": [
+            {
+                "path": str(folder / "rows.jsonl"),
+                "split": "train",
+                "type": "chat_template.default",
+                "field_messages": "prompt",
+                "field_base": "mine",
+            }
+        ],
+        "val_set_size": 0.25,
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "sequence_len": 256,
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_linear": True,
+        # Triton kernels, which axolotl 0.19 turns on without a GPU too
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "gradient_accumulation_steps": 1,
+        "micro_batch_size": 4,
+        "num_epochs": 1,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "learning_rate": 0.01,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "seed": 3,
+        "dataset_num_proc": 1,
+    } | changes
+    path = folder / f"{changes.get('output_dir', 'config')}.yml".replace("/", "_")
+    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    return path

@@ -37,7 +37,7 @@ class PaddedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + 1] int32."""
+        cu_seqlens [3n + 1] int32; reference_logps [3n] fp32 where the rows have them."""
         prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
         responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
         longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -54,13 +54,18 @@ class PaddedCollator:
             # the hidden state one position earlier predicts the token
             index.append(torch.arange(len(prompt) - 1, end - 1) + i * longest)
             cu_seqlens.append(cu_seqlens[-1] + len(response))
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "response_index": torch.cat(index),
             "response_labels": torch.tensor([t for response in responses for t in response]),
             "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
         }
+        if all(row.get("reference_logps") is not None for row in rows):
+            # [n, 3] -> all chosen, all rejected, all base
+            logps = torch.tensor([row["reference_logps"] for row in rows], dtype=torch.float32)
+            batch["reference_logps"] = logps.T.reshape(-1)
+        return batch
 
 
 def num_rows(batch: dict[str, torch.Tensor]) -> int:

@@ -15,9 +15,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+# columns that `bapo_plugin.anchors` adds: the generated response, and whether a limit cut it
+GENERATED, GENERATED_CUT = "_bapo_base", "_bapo_base_cut"
 Transform = Callable[[Row], Row]
 Slot = tuple[Any, ...]  # keys that lead from the row to a string, e.g. ("chosen", -1, "content")
 
@@ -30,24 +32,52 @@ _COLUMNS = {
 }
 
 
+class Source(NamedTuple):
+    """One data set of the YAML: its name in messages, raw rows (a `datasets.Dataset`), how to render them."""
+
+    name: str
+    rows: Any
+    renderer: "BaseRenderer"
+
+
 class RowError(ValueError):
     """A row that can't be used; the text says what is wrong with it and what mends it."""
 
 
+class Rendered(NamedTuple):
+    """A row without its base response: texts; the prompt's own words, without template where that can
+    be told; the chosen and rejected response's place and frame."""
+
+    texts: Row
+    words: str
+    chosen: tuple[Slot, str, str]
+    rejected: tuple[Slot, str, str] | None
+
+
 class BaseRenderer:
-    """Callable row -> {"prompt", "chosen", "rejected", "base"}, all strings as the model sees them.
+    """Callable row -> {"prompt", "chosen", "rejected", "base"}, all strings as the model sees them,
+    and "base_cut": whether the base response was cut by a limit, so that it has no end of turn.
 
     Args:
         transform: the strategy, already bound to its tokenizer.
         field_base: column with the base response.
+        field_base_named: whether the user named it, so that it has to be there.
         entry: the data set's entry in the YAML; read are `field_chosen`, `field_rejected`,
             `field_prompt`, `field_messages`, `message_property_mappings` and `roles`, beside `type:`
             or inside it.
     """
 
-    def __init__(self, transform: Transform, *, field_base: str, entry: Mapping | None = None):
+    def __init__(
+        self,
+        transform: Transform,
+        *,
+        field_base: str,
+        field_base_named: bool = False,
+        entry: Mapping | None = None,
+    ):
         self._transform = transform
         self.field_base = field_base
+        self.field_base_named = field_base_named
         inner = (entry or {}).get("type")
         settings = {**(entry or {}), **(inner if isinstance(inner, Mapping) else {})}
         names = {part: [settings.get(f"field_{part}")] for part in _COLUMNS}
@@ -69,7 +99,39 @@ class BaseRenderer:
             RowError: a response is missing, empty or of a wrong type, the strategy fails on the row,
                 or it gives no place for the base response.
         """
-        base = self._base_text(row)
+        base, cut = self._base_text(row)
+        texts, _, chosen, rejected = self.render_pair(row)
+        slot, before, after = chosen
+        if not base.strip():  # only a generated response may be empty; strategies refuse such text
+            with_base = {**texts, "chosen": before + base + after}
+        else:
+            with_base = self._render(_replace(row, slot, base))
+        if any(with_base[name] != texts[name] for name in ("prompt", "rejected")):
+            raise RowError(
+                "the prompt strategy renders another prompt when it renders the base response"
+            )
+        out = {**texts, "base": with_base["chosen"], "base_cut": cut}
+        responses = {"chosen": (chosen, _get(row, slot)), "base": (chosen, base)}
+        if rejected is not None:
+            responses["rejected"] = (rejected, _get(row, rejected[0]))
+        for name, ((_, before, after), text) in responses.items():
+            # axolotl 0.19 cuts the response out of a rendered dummy conversation by looking for its
+            # text; what also occurs in the template is cut too early, and more than the turn is left
+            if out[name] != before + text + after and out[name].endswith(text + after):
+                raise RowError(
+                    f"{name} is so short that axolotl's chat template strategy finds it inside the "
+                    "template itself and cuts at the wrong place; lengthen the response or remove the row"
+                )
+        if cut:
+            out["base"] = out["base"].removesuffix(after)
+        return out
+
+    def render_pair(self, row: Row) -> Rendered:
+        """Render a row that may lack its base response.
+
+        Raises:
+            RowError: as for the whole row.
+        """
         rendered = self._render(row)
         for name in _COLUMNS:
             value = rendered.get(name)
@@ -90,32 +152,24 @@ class BaseRenderer:
                 "rendered chosen response changes; name the column of the chosen response with "
                 "`field_chosen:`"
             )
-        slot = slots["chosen"][0]
-        with_base = self._render(_replace(row, slot, base))
-        same = all(with_base[name] == rendered[name] for name in ("prompt", "rejected"))
-        if not same:
-            raise RowError(
-                "the prompt strategy renders another prompt when it renders the base response"
-            )
-        out = {name: rendered[name] for name in ("prompt", "chosen", "rejected")}
-        out["base"] = with_base["chosen"]
-        for name, found in (
-            ("chosen", slots["chosen"]),
-            ("rejected", slots["rejected"]),
-            ("base", slots["chosen"]),
-        ):
-            if found is None:
-                continue
-            # axolotl 0.19 cuts the response out of a rendered dummy conversation by looking for its
-            # text; what also occurs in the template is cut too early, and more than the turn is left
-            source, before, after = found
-            text = base if name == "base" else _get(row, source)
-            if out[name] != before + text + after and out[name].endswith(text + after):
-                raise RowError(
-                    f"{name} is so short that axolotl's chat template strategy finds it inside the "
-                    "template itself and cuts at the wrong place; lengthen the response or remove the row"
-                )
-        return out
+        texts = {name: rendered[name] for name in ("prompt", "chosen", "rejected")}
+        words = _get(row, slots["prompt"][0]) if slots["prompt"] else texts["prompt"]
+        return Rendered(texts, words, slots["chosen"], slots["rejected"])
+
+    def lacks_base(self, row: Row) -> bool:
+        """Whether the row has no base response: no such column, or nothing in it."""
+        value = self._unwrap(row.get(self.field_base))
+        return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+    def wrap(self, text: str, like: Any) -> Any:
+        """The text in the form that a column's other values have: text, a message, or messages."""
+        if isinstance(like, Sequence) and not isinstance(like, str) and like:
+            return [self.wrap(text, like[-1])]
+        if isinstance(like, Mapping):
+            role = next((k for k in self._role_keys if like.get(k)), None)
+            content = next((k for k in self._content_keys if like.get(k) is not None), "content")
+            return dict.fromkeys(like) | ({role: like[role]} if role else {}) | {content: text}
+        return text
 
     def source(self) -> str:
         """Source text of the module that defines the strategy, for a cache key; "" where it has none."""
@@ -127,30 +181,42 @@ class BaseRenderer:
         except (OSError, TypeError):
             return ""
 
-    def _base_text(self, row: Row) -> str:
+    def _base_text(self, row: Row) -> tuple[str, bool]:
+        if row.get(GENERATED) is not None:
+            return row[GENERATED], bool(row[GENERATED_CUT])
         name = self.field_base
         if name not in row:
             raise RowError(
                 f"there is no column {name!r} with the base response (columns: "
-                f"{', '.join(map(str, row))}); name it with `field_base:` in the data set's entry"
+                f"{', '.join(c for c in map(str, row) if c not in (GENERATED, GENERATED_CUT))}); name it "
+                "with `field_base:` in the data set's entry"
             )
-        value = row[name]
-        if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            value = value[-1]
-        if isinstance(value, Mapping):
-            role = next((value[k] for k in self._role_keys if value.get(k)), None)
+        last = row[name]
+        if isinstance(last, Sequence) and not isinstance(last, str) and last:
+            last = last[-1]
+        if isinstance(last, Mapping):
+            role = next((last[k] for k in self._role_keys if last.get(k)), None)
             if role is not None and role not in self._assistant:
                 raise RowError(f"{name} must end with a message of the assistant, not of {role!r}")
-            value = next((value[k] for k in self._content_keys if value.get(k) is not None), None)
-        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        value = self._unwrap(row[name])
+        if self.lacks_base(row):
             raise RowError(
                 f"{name} is {'missing' if value is None else 'empty'}; put there what the model answers to "
-                "the prompt before training, or remove the row"
+                "the prompt before training, have it generated (bapo.anchors.on_missing: generate), or "
+                "remove the row"
             )
         if not isinstance(value, str):
             raise RowError(
                 f"{name} is {_kind(value)}; it must be a string, a message or a list of messages"
             )
+        return value, bool(row.get(f"{name}_cut"))
+
+    def _unwrap(self, value: Any) -> Any:
+        """The text of a column that holds text, a message, or messages, of which the last one counts."""
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:
+            value = value[-1]
+        if isinstance(value, Mapping):
+            value = next((value[k] for k in self._content_keys if value.get(k) is not None), None)
         return value
 
     def _render(self, row: Row) -> Row:
@@ -204,7 +270,8 @@ class BaseRenderer:
 
     def _slots(self, row: Row, name: str) -> Iterator[Slot]:
         columns = [c for c in self._columns[name] if c in row]
-        columns += [c for c in row if c not in columns and c != self.field_base]
+        own = (self.field_base, f"{self.field_base}_cut", GENERATED, GENERATED_CUT)
+        columns += [c for c in row if c not in columns and c not in own]
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))

@@ -33,18 +33,12 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from bapo_plugin import __version__
-from bapo_plugin.data.formats import BaseRenderer
+from bapo_plugin.anchors.generate import add_anchors, anchors_key
+from bapo_plugin.anchors.provenance import tokenizer_hash
+from bapo_plugin.data.formats import BaseRenderer, Source
 from bapo_plugin.data.rows import FEATURES, IDS, apply_policy, faulty_rows, prepare_row, report_rows
 
 LOG = get_logger("axolotl." + __name__)
-
-
-class Source(NamedTuple):
-    """One data set of the YAML: its name in messages, raw rows, and how to render them."""
-
-    name: str
-    rows: Dataset
-    renderer: BaseRenderer
 
 
 def load_datasets(cfg: Any) -> TrainDatasetMeta:
@@ -54,21 +48,31 @@ def load_datasets(cfg: Any) -> TrainDatasetMeta:
     return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
 
 
-def prepare_rows(cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+def prepare_rows(
+    cfg: Any, tokenizer: Any, evaluation: bool = False
+) -> tuple[Dataset, Dataset | None]:
     """Tokenised rows of `datasets:` and of `test_datasets:` or the `val_set_size` share.
 
     Columns: prompt, chosen, rejected, base (text as rendered), prompt_ids, chosen_ids,
     rejected_ids, base_ids (list of int).
 
+    Args:
+        cfg: axolotl's validated configuration.
+        tokenizer: axolotl's for this configuration.
+        evaluation: for `axolotl evaluate`, which compares with the model without any adapter.
+
     Raises:
         ValueError: faulty rows (all of them in one message), rows over `sequence_len` with
             `excess_length_strategy: raise`, a data set without its split, or no row left.
     """
+    splits = [split for split in ("datasets", "test_datasets") if cfg[split]]
+    # Every rank makes its share of missing base responses; what they need is only read here.
+    loaded = [_open_split(cfg, tokenizer, split, evaluation) for split in splits]
 
     def load() -> tuple[Dataset, Dataset | None]:
-        train = _load_split(cfg, tokenizer, "datasets")
-        if cfg.test_datasets:
-            return train, _load_split(cfg, tokenizer, "test_datasets")
+        train, *test = [_load_split(cfg, tokenizer, split) for split in loaded]
+        if test:
+            return train, test[0]
         if size := cfg.val_set_size:
             # axolotl makes a float of it, with which `datasets` refuses a number of rows
             return create_train_validation_split(train, cfg, int(size) if size >= 1 else size)
@@ -76,37 +80,66 @@ def prepare_rows(cfg: Any, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
 
     loader = FileLockLoader(cfg)  # the first rank does the work, the others take what it stored
     try:
-        train, evaluation = loader.load(load)
+        train, test = loader.load(load)
     finally:
         loader.cleanup()
     if cfg.dataset_exact_deduplication:
-        train, evaluation = deduplicate_and_log_datasets(dataset=train, other_dataset=evaluation)
-    return train, evaluation
+        train, test = deduplicate_and_log_datasets(dataset=train, other_dataset=test)
+    return train, test
 
 
-def _load_split(cfg: Any, tokenizer: Any, split: str) -> Dataset:
-    sources = _sources(cfg, tokenizer, split)
+class _Split(NamedTuple):
+    """A split's data sets, with base responses; none where they are prepared already."""
+
+    name: str
+    sources: list[Source]
+    path: Path
+
+
+def _open_split(cfg: Any, tokenizer: Any, split: str, evaluation: bool) -> _Split:
+    sources = open_sources(cfg, tokenizer, split)
+    adapter = None if evaluation else reference_adapter(cfg)
+    anchored = anchors_key(cfg, tokenizer, sources, adapter)
     root = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
-    path = root / f"bapo-{split}-{_cache_key(cfg, tokenizer, sources)}"
-    keep = not cfg.skip_prepare_dataset
-    if keep and path.exists() and not cfg.is_preprocess:
-        LOG.info(f"Loading prepared rows of {split} from {path}")
-        return load_from_disk(str(path))
-    rows = merge_datasets(_build(cfg, tokenizer, sources), cfg)
-    if keep:
-        _save(rows, path)
+    path = root / f"bapo-{split}-{_cache_key(cfg, tokenizer, sources, anchored)}"
+    if _is_prepared(cfg, path):
+        return _Split(split, [], path)
+    return _Split(split, add_anchors(cfg, tokenizer, sources, adapter), path)
+
+
+def _is_prepared(cfg: Any, path: Path) -> bool:
+    return not cfg.skip_prepare_dataset and not cfg.is_preprocess and path.exists()
+
+
+def _load_split(cfg: Any, tokenizer: Any, split: _Split) -> Dataset:
+    if _is_prepared(cfg, split.path):
+        LOG.info(f"Loading prepared rows of {split.name} from {split.path}")
+        return load_from_disk(str(split.path))
+    rows = merge_datasets(_build(cfg, tokenizer, split.sources), cfg)
+    if not cfg.skip_prepare_dataset:
+        _save(rows, split.path)
     return rows
 
 
-def _sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
+def reference_adapter(cfg: Any) -> str | None:
+    """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`."""
+    return cfg.lora_model_dir if cfg.bapo.get("reference", "start") == "start" else None
+
+
+def open_sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
+    """Raw rows of `datasets:` or `test_datasets:`.
+
+    Raises:
+        ValueError: a data set has no rows, not the split, or an unknown `type:`.
+    """
     field_base = (cfg.bapo.get("dataset_field_base") or {}).get(split) or []
     sources = []
     for i, entry in enumerate(cfg[split]):
+        named = (field_base[i] if i < len(field_base) else None) or cfg.bapo.get("field_base")
         renderer = BaseRenderer(
             _transform(cfg, tokenizer, split, i),
-            field_base=(field_base[i] if i < len(field_base) else None)
-            or cfg.bapo.get("field_base")
-            or "base",
+            field_base=named or "base",
+            field_base_named=bool(named),
             entry=entry,
         )
         for config in datasets_with_name_generator([entry]):
@@ -194,8 +227,7 @@ def _num_proc(cfg: Any, total: int) -> int | None:
     return workers if workers > 1 else None
 
 
-def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source]) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source], anchored: str) -> str:
     parts = [
         __version__,
         [
@@ -206,8 +238,7 @@ def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source]) -> str:
         [cfg.shuffle_before_merging_datasets, cfg.curriculum_sampling],
         [cfg.chat_template, cfg.chat_template_jinja, cfg.default_system_message],
         [dict(entry) for split in ("datasets", "test_datasets") for entry in cfg[split] or []],
-        [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map],
-        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        [tokenizer_hash(tokenizer), tokenizer.chat_template, anchored],
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -33,7 +33,8 @@ def tokenize_row(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
     right.
 
     Args:
-        row: "prompt", "chosen", "rejected", "base": rendered text.
+        row: "prompt", "chosen", "rejected", "base": rendered text. With "base_cut" the base response was
+            cut by a limit: no end-of-sequence token is added to it.
         tokenizer: a `PreTrainedTokenizerBase`.
 
     Returns:
@@ -52,8 +53,10 @@ def tokenize_row(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
         raise RowError(
             "chosen and rejected are identical: there is no preference in it; remove the row"
         )
-    prompt = _encode(tokenizer, row["prompt"])
-    full = [_encode(tokenizer, row["prompt"] + _with_eos(row[r], tokenizer)) for r in RESPONSES]
+    open_ended = ("base",) if row.get("base_cut") else ()
+    prompt = encode(tokenizer, row["prompt"])
+    texts = [row[r] if r in open_ended else _with_eos(row[r], tokenizer) for r in RESPONSES]
+    full = [encode(tokenizer, row["prompt"] + text) for text in texts]
     shared = _common_prefix(prompt, *full)
     if shared == 0:
         raise RowError(
@@ -151,7 +154,8 @@ def apply_policy(name: str, rows: Dataset, sequence_len: int) -> Dataset:
     return rows.remove_columns(["length", "problem"])
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered text, with BOS and EOS made single."""
     ids = list(tokenizer(text)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:

@@ -10,6 +10,8 @@ from tiny import make_rows, write_jsonl
 from bapo_plugin.data import load as module
 from bapo_plugin.data.load import load_datasets, prepare_rows
 
+ERROR = {"anchors": {"on_missing": "error"}}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -117,7 +119,7 @@ def test_faulty_rows_of_all_data_sets_in_one_message_ten_shown(config, chatml, t
         rows[i]["base"] = "" if i % 2 else None
     rows[15]["rejected"] = rows[15]["chosen"]
     second = [{**row, "base": ""} for row in make_rows(2)]
-    cfg = config(rows)
+    cfg = config(rows, bapo=ERROR)
     cfg["datasets"].append(
         DictDefault(
             {"path": str(write_jsonl(tmp_path / "b.jsonl", second)), "type": "chatml.prompt_pairs"}
@@ -140,7 +142,7 @@ def test_faulty_rows_of_all_data_sets_in_one_message_ten_shown(config, chatml, t
 def test_missing_base_column(config, chatml):
     rows = [{k: v for k, v in row.items() if k != "base"} for row in make_rows(2)]
     with pytest.raises(ValueError, match=r"no column 'base'.*columns: prompt, chosen, rejected"):
-        prepare_rows(config(rows), chatml)
+        prepare_rows(config(rows, bapo=ERROR), chatml)
 
 
 def long_base():
@@ -228,7 +230,9 @@ def test_many_rows_in_several_processes(config, chatml, tmp_path):
         "type": "chat_template.default",
         "field_messages": "prompt",
     }
-    cfg = config(datasets=[entry], chat_template="tokenizer_default", dataset_num_proc=2)
+    cfg = config(
+        datasets=[entry], chat_template="tokenizer_default", dataset_num_proc=2, bapo=ERROR
+    )
     with pytest.raises(ValueError, match="row 556: base is empty"):
         prepare_rows(cfg, chatml)
     rows[555]["base"] = "water"

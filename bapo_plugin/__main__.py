@@ -1,0 +1,3 @@
+from bapo_plugin.cli import main
+
+main()

@@ -1,0 +1,484 @@
+"""How base responses are made: by the model on this machine, or by a server.
+
+An engine takes requests (prompts as tokens, with a limit) and gives answers back as they are ready.
+"""
+
+import gc
+import hashlib
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import httpx
+import torch
+from axolotl.utils.logging import get_logger
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.config import AnchorsConfig
+
+LOG = get_logger("axolotl." + __name__)
+
+_PROBES, _PROBE_TOKENS = 3, 16
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered.
+
+    Args:
+        key: of the answer in the store.
+        prompt: as rendered, with template.
+        prompt_ids: its tokens.
+        limit: most tokens of the answer.
+    """
+
+    key: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    limit: int
+
+
+class Answer(NamedTuple):
+    """`text` without the tokens that end a turn; `num_tokens` it has; `cut` by its limit."""
+
+    text: str
+    num_tokens: int
+    cut: bool
+
+
+class Engine(Protocol):
+    """What makes answers."""
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Split requests into parts that are worked on together."""
+
+    def generate(
+        self, requests: Sequence[Request], on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[Request, Answer]]:
+        """Answer requests, in the order in which they get ready.
+
+        Args:
+            requests: one of `batches`, or a part of one.
+            on_tokens: told how many more tokens there are.
+        """
+
+    def close(self) -> None:
+        """Free memory and connections."""
+
+
+# ---------------------------------------------------------------- transformers
+
+
+class TransformersEngine:
+    """Batched generation with a KV cache, by the reference model as training loads it.
+
+    Greedy answers are those of one prompt at a time, up to rounding: padding is on the left and masked,
+    but a batch of another shape may round differently, which matters where two tokens are equally
+    likely. Sampled ones draw from a generator of their own for each prompt, so they depend on the
+    seed, the prompt and the kind of device, not on order or batches (again up to rounding).
+
+    Args:
+        load: gives the model, in eval mode; called when the first batch is due.
+        tokenizer: for padding and decoding.
+        anchors: settings of the generation.
+        stop_ids: tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        tokenizer: Any,
+        anchors: AnchorsConfig,
+        stop_ids: Sequence[int],
+    ):
+        self._load = load
+        self._model: Any = None
+        self._tokenizer = tokenizer
+        self._anchors = anchors
+        self._stop_ids = list(stop_ids)
+        pad = tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else self._stop_ids[0]
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Prompts of similar length together, the longest first, within rows and tokens of a batch.
+
+        The split depends on the requests alone, so a run that goes on makes the batches that an
+        uninterrupted one makes, and by that the same answers to the bit.
+        """
+        batches: list[list[Request]] = []
+        limit = longest = 0
+        for request in sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key)):
+            rows = len(batches[-1]) + 1 if batches else 1
+            width = max(longest, len(request.prompt_ids)) + max(limit, request.limit)
+            full = rows > self._anchors.batch_size or rows * width > self._anchors.batch_tokens
+            if not batches or full:
+                batches.append([])
+                longest = limit = 0
+            batches[-1].append(request)
+            longest, limit = max(longest, len(request.prompt_ids)), max(limit, request.limit)
+        return batches
+
+    def generate(
+        self, requests: Sequence[Request], on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[Request, Answer]]:
+        try:
+            new_ids = self._generate(requests, on_tokens)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise ValueError(
+                    f"no memory to answer a prompt of {len(requests[0].prompt_ids)} tokens; lower "
+                    "bapo.anchors.max_new_tokens or sequence_len"
+                ) from None
+            new_ids = None
+        if new_ids is None:  # outside the handler, which would keep the failed tensors alive
+            torch.cuda.empty_cache()
+            LOG.warning(
+                f"out of memory with {len(requests)} prompts at a time: going on with half as many (lower "
+                "bapo.anchors.batch_tokens to avoid this)"
+            )
+            half = len(requests) // 2
+            yield from self.generate(requests[:half], on_tokens)
+            yield from self.generate(requests[half:], on_tokens)
+            return
+        for request, ids in zip(requests, new_ids, strict=True):
+            yield request, self._answer(request, ids)
+
+    def _generate(
+        self, requests: Sequence[Request], on_tokens: Callable[[int], None]
+    ) -> list[list[int]]:
+        longest = max(len(request.prompt_ids) for request in requests)
+        ids = torch.full((len(requests), longest), self._pad_id)
+        mask = torch.zeros_like(ids)
+        for i, request in enumerate(requests):
+            ids[i, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[i, longest - len(request.prompt_ids) :] = 1
+        processors = LogitsProcessorList()
+        if self._anchors.temperature > 0:
+            processors.append(_SeededSampling(self._anchors, requests, self.model.device))
+        with torch.inference_mode(), _autocast(self.model):
+            out = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max(request.limit for request in requests),
+                    eos_token_id=self._stop_ids,
+                    pad_token_id=self._pad_id,
+                    use_cache=True,
+                ),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList(
+                    [_Counted(requests, longest, self._stop_ids, on_tokens)]
+                ),
+            )
+        return out[:, longest:].tolist()
+
+    def _answer(self, request: Request, ids: list[int]) -> Answer:
+        ends = [i for i, token in enumerate(ids[: request.limit]) if token in self._stop_ids]
+        kept = ids[: ends[0]] if ends else ids[: request.limit]
+        text = self._tokenizer.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return Answer(text, len(kept), not ends and bool(text.strip()))
+
+    def close(self) -> None:
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class _SeededSampling(LogitsProcessor):
+    """Turns greedy choice into sampling: argmax(log p + Gumbel noise) is a sample from p.
+
+    The noise of a row comes from a generator seeded with the run's seed and the prompt.
+    """
+
+    def __init__(self, anchors: AnchorsConfig, requests: Sequence[Request], device: torch.device):
+        self._warpers = [TemperatureLogitsWarper(float(anchors.temperature))]
+        if anchors.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(anchors.top_p))
+        self._generators = []
+        for request in requests:
+            digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
+            seed = int.from_bytes(digest[:8], "big") >> 1
+            self._generators.append(torch.Generator(device).manual_seed(seed))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        scores = scores.float()
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+class _Counted(StoppingCriteria):
+    """Counts tokens and ends rows at their own limits."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        longest: int,
+        stop_ids: Sequence[int],
+        on_tokens: Callable[[int], None],
+    ):
+        self._limits = torch.tensor([request.limit for request in requests])
+        self._longest = longest
+        self._stop_ids = torch.tensor(list(stop_ids))
+        self._on_tokens = on_tokens
+        self._running = torch.ones(len(requests), dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._on_tokens(int(self._running.sum()))
+        done = input_ids.shape[1] - self._longest
+        ended = torch.isin(input_ids[:, -1].cpu(), self._stop_ids)
+        self._running &= ~ended & (done < self._limits)
+        return (done >= self._limits).to(input_ids.device)
+
+
+@contextmanager
+def _autocast(model: Any):
+    """As in training: 16-bit weights with norms kept in fp32 need it."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    half = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
+    enabled = half is not None and len(dtypes) > 1
+    with torch.autocast(model.device.type, dtype=half, enabled=enabled):
+        yield
+
+
+def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
+    """The reference model: loaded by axolotl as for training, without the adapter to be trained.
+
+    Args:
+        cfg: axolotl's validated configuration.
+        tokenizer: axolotl's for this configuration.
+        adapter_dir: an adapter that is part of the reference, or None.
+    """
+    from axolotl.loaders import ModelLoader
+    from peft import PeftModel
+
+    LOG.info(f"Loading {cfg.base_model} to make base responses")
+    model, _ = ModelLoader(cfg, tokenizer).load()
+    if adapter_dir:
+        model = PeftModel.from_pretrained(model, adapter_dir)
+    keep_4bit_trainable_on_cpu(model)
+    # a model's own defaults (a repetition penalty, sampling) are not part of its distribution
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+# ---------------------------------------------------------------- server
+
+
+class ServerError(ValueError):
+    """The server can't be used; the text says why and what to do."""
+
+
+class ServerEngine:
+    """Answers from an OpenAI-compatible server's /completions, several requests at a time.
+
+    Args:
+        tokenizer: the one that training uses.
+        anchors: settings; `anchors.server` says where.
+        model_name: default for the model's name at the server.
+        stop_ids: tokens that end an answer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, anchors: AnchorsConfig, model_name: str, stop_ids: Sequence[int]
+    ):
+        self._tokenizer = tokenizer
+        self._anchors = anchors
+        self._server = anchors.server
+        self._model = anchors.server.model or model_name
+        self._stop = [tokenizer.decode([i]) for i in stop_ids]
+        key = os.environ.get("OPENAI_API_KEY")
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(self._server.timeout, connect=min(10.0, self._server.timeout)),
+            limits=httpx.Limits(max_connections=self._server.concurrency),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        self._stopping = threading.Event()
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Parts that keep all connections busy and are not too much to lose a claim on."""
+        size = 16 * self._server.concurrency
+        ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key))
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+    def generate(
+        self, requests: Sequence[Request], on_tokens: Callable[[int], None]
+    ) -> Iterator[tuple[Request, Answer]]:
+        pool = ThreadPoolExecutor(self._server.concurrency)
+        try:
+            futures = {pool.submit(self._complete, request): request for request in requests}
+            for future in as_completed(futures):
+                answer, _ = future.result()
+                on_tokens(answer.num_tokens)
+                yield futures[future], answer
+        finally:  # an error or an interruption: requests under way end, the others don't start
+            self._stopping.set()
+            pool.shutdown(cancel_futures=True)
+            self._stopping.clear()
+
+    def probe(self, requests: Sequence[Request], model: Any) -> None:
+        """Compare the server with the reference model on a few prompts, greedily.
+
+        Args:
+            requests: to take prompts from.
+            model: the reference model, in eval mode.
+
+        Raises:
+            ServerError: it counts a prompt's tokens differently (another tokenizer or template, a second
+                BOS), or gives an answer that the reference model would not give.
+        """
+        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
+        picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
+        for request in sorted(picked, key=lambda r: r.key):
+            request = Request(
+                request.key, request.prompt, request.prompt_ids, min(_PROBE_TOKENS, request.limit)
+            )
+            answer, usage = self._complete(request, greedy=True)
+            counted = usage.get("prompt_tokens")
+            where = f"{self._server.url}, model {self._model}"
+            if counted is not None and counted != len(request.prompt_ids):
+                raise ServerError(
+                    f"the server ({where}) counts {counted} tokens in a prompt that has {len(request.prompt_ids)} "
+                    f"here: it has another tokenizer, or adds a token such as BOS. Prompt: {request.prompt!r}. Serve "
+                    "base_model with its own tokenizer"
+                )
+            gap, best = _gap(model, self._tokenizer, request, answer)
+            if gap > self._server.tolerance:
+                raise ServerError(
+                    f"the server ({where}) does not answer as the reference model does.\n  prompt:    "
+                    f"{request.prompt!r}\n  server:    {answer.text!r}\n  reference: {best!r}\nOne of its tokens is "
+                    f"{gap:.2f} nats below the best (allowed: bapo.anchors.server.tolerance {self._server.tolerance}). "
+                    "Serve the same model with the same quantisation (and adapter, if training goes on with "
+                    "one), or set bapo.anchors.engine: transformers"
+                )
+
+    def _complete(self, request: Request, greedy: bool = False) -> tuple[Answer, dict]:
+        anchors = self._anchors
+        body = {
+            "model": self._model,
+            "prompt": self._prompt_text(request),
+            "max_tokens": request.limit,
+            "temperature": 0.0 if greedy else anchors.temperature,
+            "stop": self._stop[:4],  # OpenAI's limit
+        }
+        if anchors.temperature > 0 and not greedy:
+            digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
+            body |= {"top_p": anchors.top_p, "seed": int.from_bytes(digest[:4], "big") >> 1}
+        reply = self._post(body)
+        try:
+            choice = reply["choices"][0]
+            text, reason = choice["text"], choice.get("finish_reason")
+            usage = reply.get("usage") or {}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ServerError(
+                f"{self._server.url}/completions answered something that is not a completion: "
+                f"{str(reply)[:300]}; check bapo.anchors.server.url"
+            ) from None
+        whole = text
+        for stop in self._stop:  # some servers leave it in
+            text = text.split(stop, 1)[0]
+        tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        cut = reason == "length" and text == whole and bool(text.strip())
+        return Answer(text, tokens, cut), usage
+
+    def _prompt_text(self, request: Request) -> str:
+        """The text that the server will tokenise to the request's tokens: without a BOS of its own
+        where the tokenizer adds one."""
+        bos = self._tokenizer.bos_token
+        if bos and request.prompt.startswith(bos):
+            ids = self._tokenizer(request.prompt)["input_ids"]
+            if ids[:2] == [self._tokenizer.bos_token_id] * 2:
+                return request.prompt.removeprefix(bos)
+        return request.prompt
+
+    def _post(self, body: dict) -> Any:
+        url = self._server.url.rstrip("/") + "/completions"
+        for attempt in range(self._server.retries + 1):
+            pause = None
+            try:
+                response = self._client.post(url, json=body)
+                if response.status_code == 200:
+                    return response.json()
+                problem = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code not in _RETRIED:
+                    raise ServerError(
+                        f"{url} refused a request: {problem}. "
+                        + {
+                            401: "Set the environment variable OPENAI_API_KEY",
+                            404: f"Check bapo.anchors.server.url and the model's name there ({self._model})",
+                        }.get(response.status_code, "Check bapo.anchors.server")
+                    )
+                pause = _seconds(response.headers.get("retry-after"))
+            except (httpx.TransportError, ValueError) as error:  # no connection, or no JSON
+                if isinstance(error, ServerError):
+                    raise
+                problem = f"{type(error).__name__}: {error}"
+            if attempt < self._server.retries:
+                backoff = min(30.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
+                if self._stopping.wait(backoff if pause is None else pause):
+                    break
+        raise ServerError(
+            f"{url} failed {self._server.retries + 1} times, last with {problem}. What was answered is kept; start "
+            "again when the server is well, or raise bapo.anchors.server.retries or timeout"
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    try:
+        return min(120.0, max(0.0, float(retry_after)))
+    except (TypeError, ValueError):
+        return None
+
+
+@torch.inference_mode()
+def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> tuple[float, str]:
+    """How far, at most, the answer's tokens are from the model's best ones in nats; the model's answer."""
+    ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    # the last token may be a part of one that was cut; an empty answer is an end of turn
+    ids = ids[:-1] or ids or [tokenizer.eos_token_id]
+    prompt = list(request.prompt_ids)
+    tokens = torch.tensor([prompt + ids], device=model.device)
+    with _autocast(model):
+        logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+        best = model.generate(
+            input_ids=torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=request.limit, pad_token_id=tokenizer.pad_token_id
+            ),
+        )
+    logps = torch.log_softmax(logits, dim=-1)
+    chosen = logps.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    text = tokenizer.decode(best[0, len(prompt) :], skip_special_tokens=True)
+    return float((logps.max(dim=-1).values - chosen).max()), text

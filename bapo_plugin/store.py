@@ -1,0 +1,267 @@
+"""A small crash-safe store: what was computed once and must not be computed, or lost, again.
+
+One SQLite file. A write is on disk as a whole or not at all, whatever moment the process is killed at.
+Every entry carries a checksum of its own and all are verified when the store is opened, so that a
+damaged disk or a flipped bit is found: the file is then set aside, its sound entries are copied to a
+new one, and the run stops with a message. Several processes may use one store; by `claim` they share out work among
+themselves without doing it twice.
+"""
+
+import hashlib
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL, PRIMARY KEY (kind, key)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (
+    key TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL, renewed REAL NOT NULL
+) WITHOUT ROWID;
+"""
+_VERSION = 1
+_LEASE = 120.0  # seconds without a sign of life after which another machine's claim is void
+_KEYS_A_QUERY = 500
+
+
+class StoreDamaged(ValueError):
+    """The store was damaged and has been set aside; the text says where it is and what was saved."""
+
+
+class Store:
+    """Entries (kind, key) -> bytes in a SQLite file.
+
+    Args:
+        path: the file; it and its folder are made if they are not there.
+        content: what the entries are, for messages ("anchors").
+
+    Raises:
+        StoreDamaged: the file is not a store, or not a sound one; it was set aside.
+        ValueError: the file was written by a newer version.
+    """
+
+    def __init__(self, path: str | Path, content: str = "entries"):
+        self.path = Path(path).absolute()
+        self.content = content
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        with self._damage_is_fatal():
+            self._db = _connect(self.path)
+            self._file = self._inode()
+            fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fault != "ok":
+                raise sqlite3.DatabaseError(fault)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > _VERSION:
+                raise ValueError(
+                    f"{self.path} was written by a newer version of this plugin (format {version}, known is "
+                    f"{_VERSION}); update the plugin, or name another store"
+                )
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT"
+            )
+            for kind, key, value, checksum in self._db.execute("SELECT * FROM entries"):
+                if checksum != _checksum(kind, key, value):
+                    raise sqlite3.DatabaseError(f"entry {key} doesn't match its checksum")
+
+    def get(self, kind: str, keys: Iterable[str]) -> dict[str, bytes]:
+        """The entries that are there."""
+        keys, found = list(keys), {}
+        with self._damage_is_fatal():
+            for start in range(0, len(keys), _KEYS_A_QUERY):
+                part = keys[start : start + _KEYS_A_QUERY]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, value FROM entries WHERE kind = ? AND key IN ({marks})"
+                found.update(self._db.execute(query, (kind, *part)))
+        return found
+
+    def put(self, kind: str, entries: Mapping[str, bytes], done: Iterable[str] = ()) -> None:
+        """Write entries, all or none, and give back the claims `done` in the same moment."""
+        rows = [(kind, key, value, _checksum(kind, key, value)) for key, value in entries.items()]
+        with self._damage_is_fatal(), self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", rows)
+            self._release(done)
+
+    def claim(self, kind: str, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that are now this process's to compute: not there yet and nobody else's.
+
+        A claim ends with `put(done=...)` or `release`, with the process, or, where that can't be
+        seen from here (another machine), two minutes after its last sign of life.
+        """
+        keys = list(keys)
+        with self._damage_is_fatal(), self._transaction():
+            there = {key for key in keys if self._exists(kind, key)}
+            mine = []
+            for key in keys:
+                row = self._db.execute("SELECT * FROM claims WHERE key = ?", (key,)).fetchone()
+                if key in there or (row and row[1:4] != self._owner and _alive(*row[1:])):
+                    continue
+                mine.append(key)
+            now = time.time()
+            self._db.executemany(
+                "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?)",
+                [(key, *self._owner, now) for key in mine],
+            )
+        return mine
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give claims back without a result."""
+        with self._transaction():
+            self._release(keys)
+
+    @contextmanager
+    def keep_claims_alive(self):
+        """Inside, a thread renews this process's claims, for other machines to see."""
+        stop = threading.Event()
+
+        def renew() -> None:
+            db = _connect(self.path)
+            while not stop.wait(_LEASE / 4):
+                try:
+                    db.execute(
+                        "UPDATE claims SET renewed = ? WHERE host = ? AND pid = ? AND started = ?",
+                        (time.time(), *self._owner),
+                    )
+                except sqlite3.Error:
+                    pass  # the main thread meets the same fault and reports it
+            db.close()
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- inside
+
+    def _exists(self, kind: str, key: str) -> bool:
+        query = "SELECT 1 FROM entries WHERE kind = ? AND key = ?"
+        return self._db.execute(query, (kind, key)).fetchone() is not None
+
+    def _release(self, keys: Iterable[str]) -> None:
+        self._db.executemany(
+            "DELETE FROM claims WHERE key = ? AND host = ? AND pid = ? AND started = ?",
+            [(key, *self._owner) for key in keys],
+        )
+
+    @contextmanager
+    def _transaction(self):
+        self._check_in_place()
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _check_in_place(self) -> None:
+        if self._inode() != self._file:
+            raise ValueError(
+                f"{self.path} was moved or replaced while it was in use; start again to go on with what is "
+                "there now"
+            )
+
+    def _inode(self) -> int | None:
+        try:
+            return self.path.stat().st_ino
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _damage_is_fatal(self):
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, disk full, no permission: not damage
+            if "malformed" not in str(error):
+                raise ValueError(f"the store {self.path} can't be used: {error}") from error
+            self._set_aside(error)
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+
+    def _set_aside(self, error: Exception) -> None:
+        """Keep the damaged file under another name, copy what is sound in it, and stop."""
+        damaged = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        self._db.close()
+        self._check_in_place()  # another process may have set it aside already
+        os.replace(self.path, damaged)
+        journal = self.path.with_name(f"{self.path.name}-journal")
+        if journal.exists():  # it belongs to the damaged file and would be applied to the new one
+            os.replace(journal, damaged.with_name(f"{damaged.name}-journal"))
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        sound = 0
+        db = _connect(new)
+        db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION}")
+        db.execute("BEGIN")
+        for row in _readable(damaged):
+            if row[3] == _checksum(*row[:3]):
+                db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
+                sound += 1
+        db.execute("COMMIT")
+        db.close()
+        os.replace(new, self.path)
+        raise StoreDamaged(
+            f"the store of {self.content} {self.path} is damaged ({error}). It was set aside as "
+            f"{damaged.name}; the {sound} sound entries in it were copied to a new store. Put a copy of yours "
+            "in its place, or start again to compute only what is missing"
+        ) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _readable(path: Path) -> Iterator[tuple]:
+    """Entries of a damaged file, as far as they can be read, from both ends."""
+    for order in ("ASC", "DESC"):
+        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            rows = db.execute(
+                f"SELECT kind, key, value, checksum FROM entries ORDER BY kind {order}, key {order}"
+            )
+            while row := rows.fetchone():
+                if all(isinstance(part, str) for part in row[:2]) and isinstance(row[2], bytes):
+                    yield row
+            return
+        except (sqlite3.Error, UnicodeDecodeError):
+            continue
+        finally:
+            db.close()
+
+
+def _checksum(kind: str, key: str, value: bytes) -> bytes:
+    head = f"{kind}\0{key}\0".encode()
+    return hashlib.blake2b(head + value, digest_size=8).digest()
+
+
+def _alive(host: str, pid: int, started: float, renewed: float) -> bool:
+    if host != socket.gethostname():
+        return time.time() - renewed < _LEASE
+    try:
+        process = psutil.Process(pid)
+        # the time of start, since numbers of processes are used again
+        same = abs(process.create_time() - started) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

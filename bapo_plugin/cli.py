@@ -24,6 +24,7 @@ app = typer.Typer(
 def _main() -> None:
     # a command of ours reports to nobody
     os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration
 
 
 @app.command()

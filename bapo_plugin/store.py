@@ -53,6 +53,7 @@ class Store:
         self.content = content
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        self._file = self._inode()
         with self._damage_is_fatal():
             self._db = _connect(self.path)
             self._file = self._inode()
@@ -65,9 +66,10 @@ class Store:
                     f"{self.path} was written by a newer version of this plugin (format {version}, known is "
                     f"{_VERSION}); update the plugin, or name another store"
                 )
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT"
-            )
+            if version < _VERSION:
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT"
+                )
             for kind, key, value, checksum in self._db.execute("SELECT * FROM entries"):
                 if checksum != _checksum(kind, key, value):
                     raise sqlite3.DatabaseError(f"entry {key} doesn't match its checksum")
@@ -201,7 +203,8 @@ class Store:
     def _set_aside(self, error: Exception) -> None:
         """Keep the damaged file under another name, copy what is sound in it, and stop."""
         damaged = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-        self._db.close()
+        if hasattr(self, "_db"):
+            self._db.close()
         self._check_in_place()  # another process may have set it aside already
         os.replace(self.path, damaged)
         journal = self.path.with_name(f"{self.path.name}-journal")
@@ -228,7 +231,11 @@ class Store:
 
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error:
+        db.close()
+        raise
     return db
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from axolotl.cli.config import load_cfg
 from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
+from axolotl.loaders import load_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.data.load import open_sources
 
 
 def training_args(output_dir, **changes):
@@ -151,3 +154,10 @@ def write_config(folder, **changes):
     path = folder / f"{changes.get('output_dir', 'config')}.yml".replace("/", "_")
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
     return path
+
+
+def anchor_sources(config):
+    """(cfg, tokenizer, sources) of a YAML, as `bapo anchors` opens it."""
+    cfg = load_cfg(str(config))
+    tokenizer = load_tokenizer(cfg)
+    return cfg, tokenizer, open_sources(cfg, tokenizer, "datasets")

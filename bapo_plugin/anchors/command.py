@@ -11,6 +11,7 @@ from axolotl.loaders import load_tokenizer
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bapo_plugin.anchors.generate import (
     add_anchors,
@@ -40,7 +41,7 @@ def write_anchors(config: Path, output: Path | None) -> None:
         )
     if not any(missing_rows(source) for source in sources):
         print("Every row has a base response already.")
-    done = add_anchors(cfg, tokenizer, sources, reference_adapter(cfg))
+    done = add_anchors(cfg, tokenizer, sources, reference_adapter(cfg), report=print)
     print(f"The responses are kept in {store_path(cfg)}")
     if output is None or int(os.environ.get("RANK", 0)):
         return
@@ -68,8 +69,6 @@ def explain_anchors(config: Path) -> None:
         table.add_row(str(own), "in the data set itself", "")
     if long:
         table.add_row(str(long), "none: the prompt leaves no room within sequence_len", "")
-    from rich.text import Text
-
     for reason, rows, prompts in reasons:
         table.add_row(str(rows), Text(reason), Text("\n".join(prompts)))
     Console().print(table)

@@ -344,12 +344,12 @@ class ServerEngine:
             pool.shutdown(cancel_futures=True)
             self._stopping.clear()
 
-    def probe(self, requests: Sequence[Request], model: Any) -> None:
+    def probe(self, requests: Sequence[Request], reference: TransformersEngine) -> None:
         """Compare the server with the reference model on a few prompts, greedily.
 
         Args:
             requests: to take prompts from.
-            model: the reference model, in eval mode.
+            reference: with the reference model, and greedy.
 
         Raises:
             ServerError: it counts a prompt's tokens differently (another tokenizer or template, a second
@@ -370,11 +370,14 @@ class ServerEngine:
                     f"here: it has another tokenizer, or adds a token such as BOS. Prompt: {request.prompt!r}. Serve "
                     "base_model with its own tokenizer"
                 )
-            gap, best = _gap(model, self._tokenizer, request, answer)
+            ((_, best),) = reference.generate([request], lambda n: None)
+            if answer.text == best.text:
+                continue
+            gap = _gap(reference.model, self._tokenizer, request, answer)
             if gap > self._server.tolerance:
                 raise ServerError(
                     f"the server ({where}) does not answer as the reference model does.\n  prompt:    "
-                    f"{request.prompt!r}\n  server:    {answer.text!r}\n  reference: {best!r}\nOne of its tokens is "
+                    f"{request.prompt!r}\n  server:    {answer.text!r}\n  reference: {best.text!r}\nOne of its tokens is "
                     f"{gap:.2f} nats below the best (allowed: bapo.anchors.server.tolerance {self._server.tolerance}). "
                     "Serve the same model with the same quantisation (and adapter, if training goes on with "
                     "one), or set bapo.anchors.engine: transformers"
@@ -462,8 +465,8 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 @torch.inference_mode()
-def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> tuple[float, str]:
-    """How far, at most, the answer's tokens are from the model's best ones in nats; the model's answer."""
+def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> float:
+    """How far, at most, the answer's tokens are below the model's best ones, in nats."""
     ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     # the last token may be a part of one that was cut; an empty answer is an end of turn
     ids = ids[:-1] or ids or [tokenizer.eos_token_id]
@@ -471,14 +474,6 @@ def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> tuple[
     tokens = torch.tensor([prompt + ids], device=model.device)
     with _autocast(model):
         logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
-        best = model.generate(
-            input_ids=torch.tensor([prompt], device=model.device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=request.limit, pad_token_id=tokenizer.pad_token_id
-            ),
-        )
     logps = torch.log_softmax(logits, dim=-1)
     chosen = logps.gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    text = tokenizer.decode(best[0, len(prompt) :], skip_special_tokens=True)
-    return float((logps.max(dim=-1).values - chosen).max()), text
+    return float((logps.max(dim=-1).values - chosen).max())

@@ -142,7 +142,11 @@ def anchors_key(
 
 
 def add_anchors(
-    cfg: Any, tokenizer: Any, sources: Sequence[Source], reference_adapter: str | None
+    cfg: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    reference_adapter: str | None,
+    report: Callable[[str], None] = LOG.info,
 ) -> list[Source]:
     """Give every row without a base response one, by the policy of `bapo.anchors`.
 
@@ -151,6 +155,7 @@ def add_anchors(
         tokenizer: axolotl's for this configuration.
         sources: data sets, as loaded.
         reference_adapter: an adapter that is part of the reference, or None.
+        report: told what was done.
 
     Returns:
         The sources, with the generated responses in columns that `BaseRenderer` knows; without the
@@ -170,7 +175,7 @@ def add_anchors(
         plan = make_plan(cfg, tokenizer, sources, reference_adapter, store)
         answers, summary = make_anchors(cfg, tokenizer, plan, reference_adapter, store)
     if summary.rows:
-        LOG.info(str(summary))
+        report(str(summary))
     return [
         _with_answers(source, keys, answers, anchors.on_cut)
         for source, keys in zip(sources, plan.keys, strict=True)
@@ -261,9 +266,10 @@ def make_anchors(
     try:
         if there < len(plan.requests):
             if isinstance(engine, ServerEngine) and bapo.anchors.server.probe:
-                probe = TransformersEngine(load, tokenizer, bapo.anchors, plan.stop_ids)
+                greedy = bapo.anchors.model_copy(update={"temperature": 0.0})
+                probe = TransformersEngine(load, tokenizer, greedy, plan.stop_ids)
                 try:
-                    engine.probe(list(plan.requests.values()), probe.model)
+                    engine.probe(list(plan.requests.values()), probe)
                 finally:
                     probe.close()
             store.put(

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from helpers import axolotl, write_config
+from helpers import BIN, axolotl, write_config
 from packaging.version import Version
 from tiny import make_rows, save_model, write_jsonl
 
@@ -195,7 +195,7 @@ def test_killed_and_resumed(folder):
     axolotl(folder, "train", whole, "--launcher", "python")
     config = write_config(folder, output_dir=str(folder / "killed"), **options)
     process = subprocess.Popen(
-        [AXOLOTL, "train", config, "--launcher", "python"],
+        [BIN / "axolotl", "train", config, "--launcher", "python"],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,266 @@
+"""Base responses from an OpenAI-compatible server: one that misbehaves, and transformers' own."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+import torch
+from helpers import BIN, anchor_sources, write_config
+from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
+
+from bapo_plugin.anchors import engines
+from bapo_plugin.anchors.engines import ServerError
+from bapo_plugin.anchors.generate import add_anchors
+from bapo_plugin.data.formats import GENERATED, GENERATED_CUT
+
+ROWS = 12
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    save_model(tmp_path / "model", "llama")
+    rows = [{k: v for k, v in row.items() if k != "base"} for row in make_rows(ROWS)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    return tmp_path
+
+
+def anchored(folder, url=None, **server):
+    anchors = {"max_new_tokens": 8}
+    if url:
+        anchors |= {"engine": "server", "server": {"url": url, "timeout": 20} | server}
+    entry = {
+        "path": str(folder / "rows.jsonl"),
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+    }
+    prepared = str(folder / ("prepared-server" if url else "prepared"))
+    path = write_config(
+        folder, datasets=[entry], bapo={"anchors": anchors}, dataset_prepared_path=prepared
+    )
+    cfg, tokenizer, sources = anchor_sources(path)
+    return add_anchors(cfg, tokenizer, sources, None)[0].rows
+
+
+class Server:
+    """Answers /completions with a tiny model; `faults` are used up one a request, `always` on each."""
+
+    def __init__(self, model=None, faults=(), always=None, add_bos=False, pause=0.0):
+        self.model = model or make_model(vocab_size=len(make_tokenizer()))
+        self.tokenizer = make_tokenizer()
+        self.faults, self.always, self.add_bos, self.pause = list(faults), always, add_bos, pause
+        self.requests, self.headers = [], []
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                outer.handle(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def handle(self, request):
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        with self._lock:
+            fault = self.always or (self.faults.pop(0) if self.faults else None)
+            self.requests.append(body)
+            self.headers.append(dict(request.headers))
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(self.pause)
+        try:
+            if fault == "drop":
+                request.connection.shutdown(socket.SHUT_RDWR)
+            elif fault == "slow":
+                time.sleep(3)
+            elif fault == "garbage":
+                self.reply(request, 200, b"<html>not an API</html>")
+            elif isinstance(fault, int):
+                self.reply(request, fault, b'{"error": "busy"}', {"Retry-After": "0.05"})
+            else:
+                self.reply(request, 200, json.dumps(self.complete(body)).encode())
+        except OSError:
+            pass  # the client went away
+        finally:
+            with self._lock:
+                self.now -= 1
+
+    def complete(self, body):
+        ids = self.tokenizer(body["prompt"])["input_ids"]
+        with self._lock, torch.no_grad():
+            out = self.model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=body["max_tokens"],
+                do_sample=False,
+                pad_token_id=0,
+            )[0, len(ids) :].tolist()
+        ended = 2 in out
+        text = self.tokenizer.decode(out, skip_special_tokens=True)
+        usage = {"prompt_tokens": len(ids) + self.add_bos, "completion_tokens": len(out)}
+        choice = {"text": text, "finish_reason": "stop" if ended else "length"}
+        return {"choices": [choice], "usage": usage}
+
+    @staticmethod
+    def reply(request, status, data, headers=None):
+        request.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(data)
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def test_server_gives_what_the_model_gives(folder, caplog):
+    expected = anchored(folder)
+    with Server(pause=0.02) as server:
+        found = anchored(folder, server.url, concurrency=3)
+    assert found[GENERATED] == expected[GENERATED]
+    assert found[GENERATED_CUT] == expected[GENERATED_CUT]
+    assert f"{ROWS} generated" in caplog.text
+    assert server.most == 3, "requests under way at a time"
+    assert len(server.requests) == ROWS + 3  # the probe's
+    assert server.requests[-1]["temperature"] == 0 and server.requests[-1]["max_tokens"] == 8
+    assert "Authorization" not in server.headers[0]
+    with Server() as server:
+        anchored(folder, server.url)  # all there: neither server nor model is asked
+        assert not server.requests
+
+
+def test_a_server_that_misbehaves_is_asked_again(folder):
+    expected = anchored(folder)[GENERATED]
+    faults = [None, None, None, "drop", 429, 500, "drop", 503, 429, "slow", 500, "garbage", 502]
+    with Server(faults=faults) as server:
+        found = anchored(folder, server.url, concurrency=4, timeout=1)
+    assert found[GENERATED] == expected
+    assert len(server.requests) == ROWS + 3 + 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (500, r"failed 3 times, last with HTTP 500: .*busy.*What was answered is kept"),
+        ("drop", r"failed 3 times, last with RemoteProtocolError"),
+        ("garbage", r"failed 3 times"),
+        (401, r"refused a request: HTTP 401.*Set the environment variable OPENAI_API_KEY"),
+        (404, r"HTTP 404.*Check bapo\.anchors\.server\.url and the model's name there"),
+    ],
+)
+def test_a_server_that_stays_ill(folder, fault, match):
+    with Server(always=fault) as server, pytest.raises(ServerError, match=match):
+        anchored(folder, server.url, retries=2, probe=False, concurrency=2)
+    assert server.now == 0
+
+
+def test_what_was_answered_is_kept(folder):
+    with Server(faults=[None] * 5 + [400] * 99) as server, pytest.raises(ServerError, match="400"):
+        anchored(folder, server.url, probe=False, concurrency=1)
+    with Server() as server:
+        anchored(folder, server.url, probe=False)
+        assert len(server.requests) == ROWS - 5
+
+
+def test_no_server(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(
+        ServerError, match=rf"{url}/completions failed 2 times, last with ConnectError"
+    ):
+        anchored(folder, url, retries=1)
+
+
+def test_another_model_is_noticed(folder):
+    other = make_model(vocab_size=len(make_tokenizer()), seed=5)
+    with Server(model=other) as server, pytest.raises(ServerError) as error:
+        anchored(folder, server.url)
+    assert len(server.requests) == 1
+    for part in ("does not answer as the reference model does", "server:  ", "nats below the best"):
+        assert part in str(error.value)
+
+
+def test_another_tokenizer_is_noticed(folder):
+    with (
+        Server(add_bos=True) as server,
+        pytest.raises(ServerError, match=r"counts \d+ tokens in a prompt that has \d+ here"),
+    ):
+        anchored(folder, server.url)
+
+
+def test_the_key_comes_from_the_environment(folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Server() as server:
+        anchored(folder, server.url, probe=False)
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"secret" not in file.read_bytes(), file
+    with pytest.raises(ValueError, match=r"api_key: a key doesn't belong into a YAML"):
+        anchored(folder, server.url, api_key="secret")
+
+
+def test_a_template_that_writes_bos_is_not_doubled(chatml):
+    tokenizer = make_tokenizer("llama3")
+    engine = object.__new__(engines.ServerEngine)
+    engine._tokenizer = tokenizer
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "sea"}], tokenize=False, add_generation_prompt=True
+    )
+    request = engines.Request("0", chat, tuple(tokenizer(chat)["input_ids"][1:]), 5)
+    sent = engine._prompt_text(request)
+    assert tuple(tokenizer(sent)["input_ids"]) == request.prompt_ids
+
+
+def test_transformers_serve(folder):
+    """A real server on loopback: the same answers as the model here, and another model is noticed."""
+    pytest.importorskip("openai", reason="transformers serve needs it; it comes with axolotl 0.21")
+    expected = anchored(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [BIN / "transformers", "serve", folder / "model", "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    log = folder / "serve.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    try:
+        for _ in range(240):
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2)
+                break
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}/v1"
+        found = anchored(folder, url, model=str(folder / "model"), concurrency=2)
+        assert found[GENERATED] == expected[GENERATED], log.read_text()[-3000:]
+        save_model(folder / "model", "llama", seed=9)
+        with pytest.raises(ServerError, match="does not answer as the reference model does"):
+            anchored(folder, url, model=str(folder / "model"))
+    finally:
+        process.terminate()
+        process.wait(20)

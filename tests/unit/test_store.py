@@ -1,0 +1,163 @@
+"""The store keeps what it is given, through kills, damage and several processes."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bapo_plugin.store import Store, StoreDamaged
+
+WRITER = """
+import sys
+from bapo_plugin.store import Store
+store = Store(sys.argv[1])
+for i in range(10**6):
+    store.put("n", {f"{i}a": bytes([i % 256]) * 900, f"{i}b": bytes([i % 256]) * 900})
+    print(i, flush=True)
+"""
+
+
+def content(path):
+    with Store(path) as store:
+        return dict(store._db.execute("SELECT key, value FROM entries"))
+
+
+def test_put_and_get(tmp_path):
+    path = tmp_path / "new" / "s.sqlite"
+    values = {str(i): os.urandom(20) for i in range(1200)}  # more than one query's worth
+    with Store(path) as store:
+        store.put("a", values)
+        store.put("b", {"1": b"other kind"})
+    with Store(path) as store:
+        assert store.get("a", [*values, "absent"]) == values
+        assert store.get("b", ["1", "2"]) == {"1": b"other kind"}
+        store.put("b", {"1": b"new"})
+        assert store.get("b", ["1"]) == {"1": b"new"}
+
+
+def test_killed_while_writing(tmp_path):
+    """Whatever was reported as written is there, and each write is there as a whole."""
+    path = tmp_path / "s.sqlite"
+    generator = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(generator.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        reported = 1 + len(process.stdout.read().split())
+        process.wait()
+        found = content(path)
+        assert {f"{i}{c}" for i in range(reported) for c in "ab"} <= found.keys()
+        assert {key[:-1] for key in found if key[-1] == "a"} == {
+            key[:-1] for key in found if key[-1] == "b"
+        }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_is_found_or_harmless(tmp_path, seed):
+    path = tmp_path / "s.sqlite"
+    values = {f"key{i}": f"value {i} ".encode() * 20 for i in range(300)}
+    with Store(path, "base responses") as store:
+        store.put("a", values)
+    raw = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(raw))
+    raw[place] ^= 1 << (seed % 8)
+    path.write_bytes(raw)
+    try:
+        found = content(path)
+    except StoreDamaged as error:
+        assert "set aside as s.sqlite.damaged-" in str(error)
+        (aside,) = tmp_path.glob("s.sqlite.damaged-*")
+        assert aside.read_bytes() == raw
+        found = content(path)
+        assert len(found) > 150, "sound entries were lost"
+    except ValueError as error:  # the flipped bit is in the number of the format
+        assert "newer version" in str(error)
+        return
+    assert found.items() <= values.items(), "a wrong value came out"
+    assert len(found) > 150
+
+
+def test_what_is_no_store_is_set_aside(tmp_path):
+    path = tmp_path / "s.sqlite"
+    path.write_bytes(b"not a database, but longer than a hundred bytes" * 9)
+    with pytest.raises(StoreDamaged, match="0 sound entries.*start again"):
+        Store(path)
+    assert content(path) == {}
+
+
+def test_newer_format_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "s.sqlite"
+    Store(path).close()
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(ValueError, match=r"newer version.*99.*update the plugin"):
+        Store(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_moved_while_open(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        path.rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="moved or replaced"):
+            store.put("a", {"1": b""})
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((ValueError, OSError)):
+        Store(tmp_path / "file" / "s.sqlite")
+
+
+CLAIMER = """
+import sys, time
+from bapo_plugin.store import Store
+store = Store(sys.argv[1])
+print(",".join(store.claim("a", sys.argv[2].split(","))), flush=True)
+time.sleep(60)
+"""
+
+
+def test_claims_exclude_other_processes_and_end_with_them(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        store.put("a", {"done": b""})
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLAIMER, path, "done,x,y"], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline().strip() == "x,y"
+        assert store.claim("a", ["done", "x", "z"]) == ["z"]
+        assert store.claim("a", ["z"]) == ["z"], "a claim of one's own can be claimed again"
+        process.kill()
+        process.wait()
+        assert store.claim("a", ["x"]) == ["x"]
+        store.put("a", {"x": b"1"}, done=["x"])
+        store.release(["z"])
+        assert store._db.execute("SELECT key FROM claims").fetchall() == [("y",)]
+
+
+def test_claims_of_another_machine_end_without_a_sign_of_life(tmp_path):
+    with Store(tmp_path / "s.sqlite") as store:
+        store._owner = ("elsewhere", 1, 0.0)
+        store.claim("a", ["x"])
+        store._owner = ("here", 2, 0.0)
+        assert store.claim("a", ["x"]) == []
+        store._db.execute("UPDATE claims SET renewed = renewed - 121")
+        assert store.claim("a", ["x"]) == ["x"]
+
+
+def test_claims_are_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr("bapo_plugin.store._LEASE", 0.2)
+    with Store(tmp_path / "s.sqlite") as store:
+        store.claim("a", ["x"])
+        before = store._db.execute("SELECT renewed FROM claims").fetchone()
+        with store.keep_claims_alive():
+            time.sleep(0.3)
+        assert store._db.execute("SELECT renewed FROM claims").fetchone() > before

@@ -29,6 +29,7 @@ from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
 from bapo_plugin.data.rows import IDS, RESPONSES
 from bapo_plugin.store import Store
 
+_NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")
 COLUMN = "reference_logps"  # [chosen, rejected, base] of a row, nats
 
 
@@ -170,8 +171,9 @@ def weights_key(model: nn.Module, precision: str) -> str:
         precision: whatever else decides how log-probs are rounded (kernel, autocast, device).
     """
     config = model.config.to_dict() if hasattr(model, "config") else {}
-    for name in ("_name_or_path", "use_cache", "transformers_version", "architectures"):
-        config.pop(name, None)
+    for name in list(config):  # where it came from, and what only generation reads
+        if name in _NOT_WEIGHTS or name.endswith("_token_id"):
+            del config[name]
     adapters = getattr(model, "peft_config", {})
     kept = sorted(
         # names as without an adapter, so that it doesn't matter which modules have one

@@ -61,6 +61,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             for `trl.DPOTrainer`. Settings of BAPO are in `args.bapo` (a dict, under axolotl) or in
             `bapo`.
         bapo: a `BAPOConfig`; wins over `args.bapo`.
+        cache_dir: folder to keep reference log-probs in; under axolotl it is dataset_prepared_path.
 
     Metrics (mean over preference rows since the last log; `eval_` in front in evaluation):
         loss = loss/preference + loss/anchor (weighted)
@@ -89,7 +90,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
             }"""),
     }
 
-    def __init__(self, *args: Any, bapo: BAPOConfig | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        bapo: BAPOConfig | None = None,
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ):
         training_args = kwargs.get("args") or (args[2] if len(args) > 2 else None)
         self.bapo = bapo or parse_block(getattr(training_args, "bapo", None))
         self._refuse(training_args)
@@ -122,6 +129,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
+        self._cache_dir = cache_dir or getattr(self.args, "bapo_cache_dir", None)
         self._reference_cache: ReferenceCache | None = None
         self._precompute = self._decide_precompute()
         # mode -> metric -> sum over rows, on the device until it is logged; "rows" counts them
@@ -245,7 +253,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             model.to(self.args.device)
         device = self.args.device.type
         precision = f"{device} {self.accelerator.mixed_precision} {self.bapo.kernel}"
-        folder = getattr(self.args, "bapo_cache_dir", None)
+        folder = self._cache_dir
 
         def compute(batch: dict[str, Tensor]) -> Tensor:
             unwrapped = self.accelerator.unwrap_model(model)

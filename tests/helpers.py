@@ -65,7 +65,9 @@ def fresh_lora():
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def bapo_trainer(tmp_path, model=None, rows=None, bapo=None, eval_rows=None, **changes):
+def bapo_trainer(
+    tmp_path, model=None, rows=None, bapo=None, eval_rows=None, cache_dir=None, **changes
+):
     return BAPOTrainer(
         model if model is not None else make_model(vocab_size=len(make_tokenizer())),
         args=training_args(tmp_path / "out", **changes),
@@ -74,6 +76,7 @@ def bapo_trainer(tmp_path, model=None, rows=None, bapo=None, eval_rows=None, **c
         processing_class=make_tokenizer(),
         peft_config=fresh_lora() if model is None else None,
         bapo=BAPOConfig(**(bapo or {})),
+        cache_dir=cache_dir,
     )
 
 
@@ -99,7 +102,11 @@ def axolotl(folder, *command, stdin="", check=True, program="axolotl"):
         timeout=300,
         env=os.environ
         # axolotl starts accelerate and torchrun by name
-        | {"OMP_NUM_THREADS": "2", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+        | {
+            "OMP_NUM_THREADS": "2",
+            "COLUMNS": "200",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        },
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0 or not check, output[-6000:]

@@ -26,6 +26,7 @@ def main(folder: Path, batch: int, accumulation: int) -> None:
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         ddp_backend="gloo",
+        cache_dir=folder,
     )
     trainer.train()
     metrics = trainer.evaluate()

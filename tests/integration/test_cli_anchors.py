@@ -1,0 +1,139 @@
+"""A DPO data set without base responses, through axolotl's commands and `bapo anchors`."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from helpers import axolotl, write_config
+from tiny import make_rows, save_model, write_jsonl
+
+MADE = "Making base responses"
+PASS = "Reference log-probs of the"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("anchors")
+    save_model(folder / "model", "qwen2")
+    rows = [{k: v for k, v in row.items() if k != "base"} for row in make_rows(16)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    return folder
+
+
+def config(folder, **changes):
+    entry = {
+        "path": str(folder / "rows.jsonl"),
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+    }
+    bapo = {"anchor_weight": 0.5, "anchors": {"max_new_tokens": 12}}
+    return write_config(folder, **{"datasets": [entry], "bapo": bapo} | changes)
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """preprocess, train, and another train that differs in training settings only."""
+    again = {"output_dir": str(folder / "again"), "learning_rate": 0.02, "rl_beta": 0.3}
+    return [
+        axolotl(folder, "preprocess", config(folder)),
+        axolotl(folder, "train", config(folder), "--launcher", "python"),
+        axolotl(folder, "train", config(folder, **again), "--launcher", "python"),
+    ]
+
+
+def test_made_in_preprocess_and_never_again(runs, folder):
+    preprocess, train, again = runs
+    assert MADE in preprocess and "16 rows with 16 distinct prompts; 16 generated" in preprocess
+    assert MADE not in train and PASS in train
+    assert MADE not in again and PASS not in again
+    for output in (preprocess, train):
+        assert "Traceback" not in output
+
+
+def test_training_held_the_generated_responses(runs, folder):
+    (state,) = (folder / "out").glob("checkpoint-*/trainer_state.json")
+    log = json.loads(state.read_text())["log_history"]
+    steps = [entry for entry in log if "loss" in entry]
+    assert steps[0]["drift/base"] == pytest.approx(0, abs=1e-4)
+    assert abs(steps[-1]["drift/base"]) > 1e-3
+    assert [entry for entry in log if "eval_drift/base" in entry]
+
+
+def test_evaluate_uses_the_same_responses(runs, folder):
+    output = axolotl(folder, "evaluate", config(folder), "--launcher", "python")
+    assert MADE not in output and PASS not in output
+    assert "Loaded the adapter in" in output
+
+
+def test_bapo_anchors_writes_rows_in_order(runs, folder):
+    output = axolotl(
+        folder, "anchors", config(folder), "--output", folder / "o.jsonl", program="bapo"
+    )
+    assert "0 generated, 16 reused" in output and "base_model" not in output
+    rows = [json.loads(line) for line in (folder / "o.jsonl").read_text().splitlines()]
+    source = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [{k: row[k] for k in source[0]} for row in rows] == source
+    assert all(isinstance(row["base"], str) and row["base_cut"] in (True, False) for row in rows)
+
+    # the file is a data set with base responses: nothing is made, and the rows are the same
+    entry = {
+        "path": str(folder / "o.jsonl"),
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+    }
+    changes = {"datasets": [entry], "dataset_prepared_path": str(folder / "from-file")}
+    output = axolotl(folder, "preprocess", config(folder, **changes))
+    assert MADE not in output
+    prepared = [
+        Dataset.load_from_disk(str(next((folder / name).glob("bapo-datasets-*"))))
+        for name in ("prepared", "from-file")
+    ]
+    assert prepared[0].to_list() == prepared[1].to_list()
+
+
+def test_bapo_anchors_explains_and_refuses(runs, folder):
+    output = axolotl(folder, "anchors", config(folder), "--explain", program="bapo")
+    assert "reused: made with the same model" in output and "16" in output
+    changed = config(folder, bapo={"anchors": {"max_new_tokens": 12, "temperature": 1.0}})
+    output = axolotl(folder, "anchors", changed, "--explain", program="bapo")
+    assert "to generate: generation.temperature" in output and MADE not in output
+    for changes, arguments, message in (
+        ({}, ("--output", "o.csv"), "must end in .jsonl or .parquet"),
+        ({}, ("--output", "no/o.jsonl"), "there is no folder no"),
+        ({"rl": "dpo", "bapo": None}, (), "is not a configuration of BAPO"),
+        ({"bapo": {"anchors": {"engine": "server"}}}, (), "go together; set both"),
+    ):
+        path = config(folder, **changes)
+        output = axolotl(folder, "anchors", path, *arguments, program="bapo", check=False)
+        assert message in output and "Traceback" not in output, output[-2000:]
+
+
+def test_parquet_messages_and_partly_filled_columns(folder):
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["chosen"],
+            "rejected": row["rejected"],
+            "mine": None if i % 2 else [{"role": "assistant", "content": "I said this"}],
+        }
+        for i, row in enumerate(make_rows(6))
+    ]
+    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    entry = {
+        "path": str(folder / "rows.parquet"),
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "prompt",
+        "field_base": "mine",
+    }
+    path = config(folder, datasets=[entry], dataset_prepared_path=str(folder / "messages"))
+    output = axolotl(folder, "anchors", path, "-o", folder / "o.parquet", program="bapo")
+    assert "3 rows with 3 distinct prompts; 3 generated" in output
+    written = Dataset.from_parquet(str(folder / "o.parquet")).to_list()
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    for i, row in enumerate(written):
+        (message,) = row["mine"]
+        assert message["role"] == "assistant"
+        assert (message["content"] == "I said this") == (i % 2 == 0)

@@ -6,6 +6,9 @@ import pytest
 from datasets import Dataset
 from helpers import axolotl, write_config
 from tiny import make_rows, save_model, write_jsonl
+from typer.testing import CliRunner
+
+from bapo_plugin.cli import app
 
 MADE = "Making base responses"
 PASS = "Reference log-probs of the"
@@ -93,21 +96,28 @@ def test_bapo_anchors_writes_rows_in_order(runs, folder):
     assert prepared[0].to_list() == prepared[1].to_list()
 
 
-def test_bapo_anchors_explains_and_refuses(runs, folder):
-    output = axolotl(folder, "anchors", config(folder), "--explain", program="bapo")
+def bapo(*arguments):
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+def test_bapo_anchors_explains_and_refuses(runs, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output = bapo("anchors", config(folder), "--explain")
     assert "reused: made with the same model" in output and "16" in output
     changed = config(folder, bapo={"anchors": {"max_new_tokens": 12, "temperature": 1.0}})
-    output = axolotl(folder, "anchors", changed, "--explain", program="bapo")
+    output = bapo("anchors", changed, "--explain")
     assert "to generate: generation.temperature" in output and MADE not in output
     for changes, arguments, message in (
         ({}, ("--output", "o.csv"), "must end in .jsonl or .parquet"),
         ({}, ("--output", "no/o.jsonl"), "there is no folder no"),
         ({"rl": "dpo", "bapo": None}, (), "is not a configuration of BAPO"),
         ({"bapo": {"anchors": {"engine": "server"}}}, (), "go together; set both"),
+        ({"bapo": {"anchors": {"on_missing": "skip"}}}, (), "on_missing must be generate"),
     ):
-        path = config(folder, **changes)
-        output = axolotl(folder, "anchors", path, *arguments, program="bapo", check=False)
-        assert message in output and "Traceback" not in output, output[-2000:]
+        output = bapo("anchors", config(folder, **changes), *arguments)
+        assert "Error: " in output and message in output, output[-2000:]
 
 
 def test_parquet_messages_and_partly_filled_columns(folder):

@@ -44,7 +44,7 @@ def rendered_rows(tokenizer, count):
                 "prompt": prompt,
                 "chosen": row["plain"],
                 "rejected": row["formal"],
-                "base": row["base"],
+                "base": row["pirate"],
             }
         )
     return rows

@@ -41,7 +41,7 @@ def test_axolotl_accepts_it(path, monkeypatch):
     checked = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
     assert checked.rl == "dpo" and checked.trainer_cls == TRAINER_CLS
     assert checked.bapo["anchor_weight"] == 0.1
-    assert checked.bapo["dataset_field_base"] == {"datasets": ["base"]}
+    assert checked.bapo["dataset_field_base"] == {"datasets": [None]}
     # nothing that the example sets is unknown to axolotl and silently dropped
     dropped = {key for key in keys - {"rl"} if checked.get(key) is None}
     assert dropped == set(), dropped
@@ -60,7 +60,7 @@ def test_demo_data():
     rows = [json.loads(line) for line in (EXAMPLES / "demo/personal_styles.jsonl").open()]
     assert len(rows) >= 60 and len({row["prompt"] for row in rows}) == len(rows)
     for row in rows:
-        assert set(row) == {"prompt", "pirate", "plain", "formal", "base"}
+        assert set(row) == {"prompt", "pirate", "plain", "formal"}
         assert all(text.strip() for text in row.values())
 
 
@@ -73,7 +73,6 @@ def test_the_diff_names_only_settings_that_exist():
         "sample_packing",
         "dpo_padding_free",
         "dpo_use_liger_kernel",
-        "precompute_ref_log_probs",
     ):
         assert key in text and key in _REFUSED
     assert ", ".join(PREFERENCE_LOSSES) in text

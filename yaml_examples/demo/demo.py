@@ -1,7 +1,7 @@
 """The demo behind `make demo`: train, then look at what changed.
 
-Trains yaml_examples/smollm2-qlora-cpu.yml with `axolotl train` (an interrupted run goes on at its
-last checkpoint, a finished one is reused), then prints answers before and after and how far the
+Trains yaml_examples/smollm2-qlora-cpu.yml with `axolotl train`, which makes the base responses first (an
+interrupted run goes on where it stopped, a finished one is reused), then prints answers before and after and how far the
 log-probabilities drifted. The answer to the unrelated prompt should stay as it was.
 """
 
@@ -51,7 +51,6 @@ def train(config: dict, output: Path) -> None:
 
 def compare(config: dict, output: Path) -> None:
     import torch
-    from make_base import load_nf4
     from peft import PeftModel
     from rich.console import Console
     from rich.table import Table
@@ -106,6 +105,22 @@ def compare(config: dict, output: Path) -> None:
         f"Learned to prefer `{persona}` to `{other}`. Other styles: edit field_chosen and field_rejected "
         f"in {CONFIG.relative_to(ROOT)}.\nThe adapter is in {output}; try it with: "
         f"axolotl inference {CONFIG.relative_to(ROOT)} --lora-model-dir {output}"
+    )
+
+
+def load_nf4(model_dir: str):
+    """The model as the YAML loads it: NF4, computing in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        model_dir, quantization_config=quantization, dtype=torch.float32
     )
 
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from bapo_kernels import sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
+from bapo_plugin.shared_prefix import ATTENTION, use_attention
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
-_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens", "reference_logps")
+_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens", "reference_logps", "layout")
 
 
 class ForwardOutput(NamedTuple):
@@ -57,6 +58,7 @@ class ResponseForward:
         self._backend = backend
         # model -> its head, or the reason for the plain path
         self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
+        self._own_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._redirect = ForwardRedirection()
 
     def __call__(
@@ -75,6 +77,8 @@ class ResponseForward:
         """
         inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL}
         inputs |= {"use_cache": False} | model_kwargs
+        if "layout" in batch:
+            inputs["bapo_layout"] = batch["layout"]
 
         # The wrapper's forward must return our result: DDP looks there for the parameters that took
         # part, and FSDP2, which wraps in place, hangs its backward on it.
@@ -87,13 +91,25 @@ class ResponseForward:
         head = model.get_output_embeddings()
         spec = self._heads.get(model)
         if spec is None:
+            self._use_attention(model, shared=False)
             spec = self._heads[model] = self._inspect(model, head, kwargs)
             if isinstance(spec, str):
                 self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
+        # it stays so until the next call, for layers that are computed again in backward
+        self._use_attention(model, shared="bapo_layout" in kwargs)
         # an adapter may have put another head in place (modules_to_save)
         if isinstance(spec, str) or not _is_plain_linear(head):
             return self._from_logits(model, head, batch, kwargs)
         return self._from_kernel(model, head, spec, batch, kwargs)
+
+    def _use_attention(self, model: nn.Module, shared: bool) -> None:
+        """Attention of the packed layout, or the model's own."""
+        if shared:
+            before = use_attention(model, ATTENTION)
+            if before != ATTENTION:
+                self._own_attention[model] = before
+        elif model in self._own_attention:
+            use_attention(model, self._own_attention[model])
 
     def _inspect(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
         """Find out what the model does after its head; a string says why the plain path is needed."""
@@ -113,6 +129,7 @@ class ResponseForward:
             short = {
                 k: v[:1, :2] if isinstance(v, Tensor) and v.dim() > 1 else v
                 for k, v in kwargs.items()
+                if k != "bapo_layout"
             }
             with torch.no_grad(), _replaced(head, probe):
                 seen = model(**short).logits

@@ -1,4 +1,4 @@
-"""Rows to tensors: the padded layout."""
+"""Rows to tensors, in two layouts: padded rows, or one packed row in which responses share their prompt."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from bapo_plugin.data.rows import RESPONSES
+from bapo_plugin.shared_prefix import Layout, Segment
 
 
 @dataclass
@@ -61,11 +62,82 @@ class PaddedCollator:
             "response_labels": torch.tensor([t for response in responses for t in response]),
             "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
         }
-        if all(row.get("reference_logps") is not None for row in rows):
-            # [n, 3] -> all chosen, all rejected, all base
-            logps = torch.tensor([row["reference_logps"] for row in rows], dtype=torch.float32)
-            batch["reference_logps"] = logps.T.reshape(-1)
-        return batch
+        return batch | _reference_logps(rows)
+
+
+@dataclass
+class SharedPrefixCollator:
+    """Each prompt once, its three responses after it, all examples in one row without padding.
+
+    Responses come out in the order of `PaddedCollator`: all chosen, all rejected, all base. The row holds
+    them example by example; `layout` says where.
+
+    Args:
+        pad_to_multiple_of: fill the row up with a segment of its own that nothing else sees.
+
+    Example:
+        >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
+        >>> batch = SharedPrefixCollator()(rows)
+        >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
+        ([[1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3, 2, 2, 3]])
+        >>> batch["response_index"].tolist()
+        [1, 2, 1, 1, 5]
+        >>> [tuple(segment) for segment in batch["layout"].segments]
+        [(0, 4, 0, 0), (4, 5, 0, 2), (5, 7, 0, 2)]
+    """
+
+    pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
+        cu_seqlens [3n + 1] int32; layout; reference_logps [3n] fp32 where the rows have them."""
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        index: list[list[int]] = [[] for _ in range(len(RESPONSES) * len(rows))]
+        longest = separate = 0
+        for i, row in enumerate(rows):
+            prompt, start = row["prompt_ids"], len(ids)
+            end = start + len(prompt)
+            ids += prompt
+            positions += range(len(prompt))
+            for j, name in enumerate(RESPONSES):
+                response = row[f"{name}_ids"]
+                first = len(ids)
+                ids += response
+                positions += range(len(prompt), len(prompt) + len(response))
+                segments.append(
+                    Segment(start, len(ids), start, start)
+                    if j == 0
+                    else Segment(first, len(ids), start, end)
+                )
+                # the prompt's last state predicts the first token of each response
+                index[j * len(rows) + i] = [end - 1, *range(first, len(ids) - 1)]
+                separate += len(prompt) + len(response)
+                longest = max(longest, len(prompt) + len(response))
+        if self.pad_to_multiple_of and (extra := -len(ids) % self.pad_to_multiple_of):
+            segments.append(Segment(len(ids), len(ids) + extra, len(ids), len(ids)))
+            ids += [self.pad_token_id] * extra
+            positions += range(extra)
+        lengths = [0, *map(len, index)]
+        labels = [token for name in RESPONSES for row in rows for token in row[f"{name}_ids"]]
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "response_index": torch.tensor([i for part in index for i in part]),
+            "response_labels": torch.tensor(labels),
+            "cu_seqlens": torch.tensor(lengths).cumsum(0).to(torch.int32),
+            "layout": Layout(tuple(segments), separate, longest * len(index)),
+        } | _reference_logps(rows)
+
+
+def _reference_logps(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    if any(row.get("reference_logps") is None for row in rows):
+        return {}
+    # [n, 3] -> all chosen, all rejected, all base
+    logps = torch.tensor([row["reference_logps"] for row in rows], dtype=torch.float32)
+    return {"reference_logps": logps.T.reshape(-1)}
 
 
 def num_rows(batch: dict[str, torch.Tensor]) -> int:

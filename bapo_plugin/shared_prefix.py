@@ -1,0 +1,403 @@
+"""Three responses on one prompt: the prompt is computed once and its responses share it.
+
+A micro-batch is one row of tokens without padding: [prompt chosen rejected base] of each example, one
+after another. The positions of each response go on from its prompt. In every layer all tokens pass
+through projections and MLP together; attention runs over *segments*: prompt + chosen, which is plain
+causal attention, then rejected and base, whose queries see the keys of [prompt, own response]. In such
+gathered keys an index is a position, so sliding windows need nothing special, and autograd adds up what
+the responses send back to the prompt. The numbers are those of three separate rows.
+
+That holds only for models whose tokens meet nowhere but in attention. `refusal` names the families,
+by their config, where it can't hold; `self_check` then proves it on the model as it is loaded.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+ATTENTION = "bapo_shared_prefix"
+
+
+class Segment(NamedTuple):
+    """Queries are the tokens [start, end) of the row; keys are those of its prompt
+    [prompt_start, prompt_end), then its own. A segment that holds its prompt itself has an empty one."""
+
+    start: int
+    end: int
+    prompt_start: int
+    prompt_end: int
+
+
+@dataclass
+class Layout:
+    """Where prompts and responses stand in a packed row. Made by the collator, handed through the model's
+    call to every attention layer.
+
+    Args:
+        segments: in the order of the row; together they cover it.
+        separate_tokens: the row's responses would have as separate rows without padding.
+        padded_tokens: the same with padding.
+        dense: compute with one [T, T] mask instead, the plain reference for tests.
+    """
+
+    segments: tuple[Segment, ...]
+    separate_tokens: int = 0
+    padded_tokens: int = 0
+    dense: bool = False
+    calls: int = 0  # of the attention, for the self-check
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.segments[-1].end
+
+    def to(self, device: Any, **kwargs: Any) -> "Layout":
+        """Itself: masks and indices are made on the device where they are needed."""
+        return self
+
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
+        """[queries, keys], true where a query sees a key."""
+        prompt = segment.prompt_end - segment.prompt_start
+        length = segment.end - segment.start
+        key = (prompt, length, window, device)
+        if key not in self._cache:
+            seen = torch.ones(length, prompt + length, dtype=torch.bool, device=device)
+            seen = seen.tril(prompt)
+            if window is not None:
+                seen &= seen.new_ones(seen.shape).triu(prompt - window + 1)
+            self._cache[key] = seen
+        return self._cache[key]
+
+    def dense_mask(self, window: int | None, device: torch.device) -> Tensor:
+        """[T, T], true where a query sees a key."""
+        seen = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool, device=device)
+        for segment in self.segments:
+            part = self.mask(segment, window, device)
+            start, end, prompt_start, prompt_end = segment
+            prompt = prompt_end - prompt_start
+            seen[start:end, prompt_start:prompt_end] = part[:, :prompt]
+            seen[start:end, start:end] = part[:, prompt:]
+        return seen
+
+    def gathered(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For variable-length attention: index of keys [K] int64; cu_seqlens of queries and of keys,
+        [segments + 1] int32; the longest of both."""
+        key = ("gathered", device)
+        if key not in self._cache:
+            index, cu_q, cu_k = [], [0], [0]
+            for start, end, prompt_start, prompt_end in self.segments:
+                index += [torch.arange(prompt_start, prompt_end), torch.arange(start, end)]
+                cu_q.append(end)
+                cu_k.append(cu_k[-1] + end - start + prompt_end - prompt_start)
+            cu_q, cu_k = (
+                torch.tensor(cu_q, dtype=torch.int32),
+                torch.tensor(cu_k, dtype=torch.int32),
+            )
+            most = int(cu_q.diff().max()), int(cu_k.diff().max())
+            self._cache[key] = (
+                torch.cat(index).to(device),
+                cu_q.to(device),
+                cu_k.to(device),
+                *most,
+            )
+        return self._cache[key]
+
+
+# ---------------------------------------------------------------- attention
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    bapo_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row, in the form that transformers calls.
+
+    Args:
+        query [1, heads, T, D], key, value [1, kv_heads, T, D]: with positions applied.
+        sliding_window: how many keys, itself included, a query sees at most.
+        softcap: scores become softcap · tanh(score / softcap).
+        s_aux: [heads], a logit that takes part in the softmax without a value (attention sink).
+        bapo_layout: of the row.
+
+    Returns:
+        [1, T, heads, D], and None in the place of attention weights.
+
+    Raises:
+        RuntimeError: the layout didn't get here, or the layer wants something that isn't known here.
+    """
+    if bapo_layout is None:
+        raise RuntimeError(f"{type(module).__name__} lost the layout of the packed row")
+    unknown = [k for k, v in kwargs.items() if k in _CHANGES_SCORES and v is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise RuntimeError(
+            f"{type(module).__name__} asks for {', '.join(unknown) or 'non-causal attention'}"
+        )
+    layout = bapo_layout
+    layout.calls += 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    special = {"softcap": softcap, "sinks": s_aux}
+    if layout.dense:
+        mask = layout.dense_mask(sliding_window, query.device)
+        out = _plain(query, key, value, mask, scaling, dropout, **special)
+    elif softcap is None and s_aux is None and dropout == 0 and _has_varlen(query, value):
+        out = _varlen(query, key, value, layout, scaling, sliding_window)
+    else:
+        parts = []
+        for segment in layout.segments:
+            parts.append(
+                _segment(
+                    query, key, value, layout, segment, scaling, dropout, sliding_window, special
+                )
+            )
+        out = torch.cat(parts, dim=2)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, shared_prefix_attention)
+# keyword arguments with which some family changes attention scores
+_CHANGES_SCORES = ("position_bias", "alibi", "head_mask", "score_mod", "learnable_sink")
+
+
+def _segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    segment: Segment,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    special: dict,
+) -> Tensor:
+    start, end, prompt_start, prompt_end = segment
+    q, k, v = (states[:, :, start:end] for states in (query, key, value))
+    if prompt_end > prompt_start:
+        k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
+        v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
+    if window is not None and window >= k.shape[2]:
+        window = None  # it sees everything
+    if any(option is not None for option in special.values()):
+        mask = layout.mask(segment, window, q.device)
+        return _plain(q, k, v, mask, scaling, dropout, **special)
+    causal = prompt_end == prompt_start and window is None
+    mask = None if causal else layout.mask(segment, window, q.device)
+    # sdpa's fast kernels take grouped heads without a mask only
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and (mask is not None or q.device.type != "cuda"):
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention as it is written, for what fused kernels don't have; softmax in fp32 or better."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], dim=-1)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights.to(q.dtype), dropout, dropout > 0) @ v
+
+
+def _varlen_function() -> Callable | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= known.keys() else None
+
+
+_VARLEN = _varlen_function()
+
+
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
+    return (
+        _VARLEN is not None
+        and query.device.type == "cuda"
+        and torch.version.hip is None
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    index, cu_q, cu_k, most_q, most_k = layout.gathered(query.device)
+    out = _VARLEN(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1)[index],
+        value[0].transpose(0, 1)[index],
+        cu_q,
+        cu_k,
+        most_q,
+        most_k,
+        scale=scaling,
+        # causal, the last query at the last key; a window counts keys besides the query's own
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+    )
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+def use_attention(model: nn.Module, name: str) -> str:
+    """Let the model compute attention as `name` says; returns how it did before.
+
+    Args:
+        model: a transformers model, or one wrapped by PEFT.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inner.config._attn_implementation
+    if before != name:
+        inner.set_attn_implementation(name)
+    return before
+
+
+# ---------------------------------------------------------------- may it be used
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why this model can't share a prompt, by its config; None where nothing speaks against it.
+
+    Args:
+        model: a transformers model, or one wrapped by PEFT.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(inner, "config", None)
+    if config is None or not hasattr(inner, "set_attn_implementation"):
+        return f"{type(inner).__name__} is not a transformers model"
+    name = type(inner).__name__
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder"
+    try:
+        can_set = inner._can_set_attn_implementation()
+    except (OSError, AttributeError, TypeError):  # no source to look at
+        can_set = False
+    if not can_set:
+        return f"{name} has attention of its own that can't be replaced"
+    kinds = set(
+        getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    )
+    if other := kinds - {"full_attention", "sliding_attention", "attention"}:
+        return f"{name} has layers in which tokens meet outside attention or otherwise ({', '.join(sorted(other))})"
+    for key in ("alibi", "use_alibi"):
+        if getattr(text, key, None):
+            return f"{name} has ALiBi positions"
+    if getattr(getattr(text, "attn_config", None), "alibi", False):
+        return f"{name} has ALiBi positions"
+    for key in _STATE_KEYS:
+        if getattr(text, key, None):
+            return f"{name} has {key} in its config: not attention alone"
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for scaling in scalings:
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind in ("dynamic", "longrope"):
+            return (
+                f"{name} has {kind} rotary positions, which depend on the longest position in a row"
+            )
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False):
+        return f"{name} has bidirectional attention"
+    return None
+
+
+_STATE_KEYS = (
+    *("ssm_cfg", "mamba_d_state", "mamba_d_conv", "ssm_state_size", "state_size", "conv_kernel"),
+    *("conv_L_cache", "linear_num_key_heads", "attention_chunk_size", "lru_width", "rescale_every"),
+)
+
+
+def self_check(
+    run: Callable[[Sequence[dict], bool], tuple[Tensor, int]],
+    num_layers: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """Prove on a loaded model that sharing changes nothing. None where it holds, else what failed.
+
+    Args:
+        run: (rows, shared) -> log-probs [3n] of the rows' responses, and how often an attention layer got
+            the layout.
+        num_layers: attention layers of the model.
+        vocab_size: token ids to draw from.
+        dtype: of the computation, which decides what rounding may do.
+    """
+    rows = _check_rows(vocab_size)
+    separate, _ = run(rows, False)
+    shared, calls = run(rows, True)
+    if calls != num_layers:
+        return f"{calls} of {num_layers} attention layers got the layout"
+    if not shared.isfinite().all():
+        return "log-probs are not finite"
+    tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(dtype, 1.0)
+    difference = (shared - separate).abs().max().item()
+    if difference > tolerance:
+        return f"log-probs differ by {difference:.3g} nats from those of separate rows"
+    # what one response says must not reach the others, nor the next example
+    exact = {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.25)
+    n = len(rows)
+    for number, name in enumerate(("chosen_ids", "rejected_ids", "base_ids")):
+        changed = [dict(row) for row in rows]
+        changed[0][name] = [(token * 7 + 3) % vocab_size for token in rows[0][name]]
+        moved = (run(changed, True)[0] - shared).abs()
+        own = moved[number * n].item()
+        moved[number * n] = 0
+        if moved.max().item() > exact:
+            return f"a change of one response moves another by {moved.max().item():.3g} nats"
+        if own == 0:
+            return "a change of a response doesn't move its own log-prob"
+    return None
+
+
+def _check_rows(vocab_size: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+
+    lengths = ((9, 5, 3, 6), (4, 2, 7, 4))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
+    return [dict(zip(names, map(ids, row), strict=True)) for row in lengths]

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bapo_plugin.loss import (
     PREFERENCE_LOSSES,
@@ -213,6 +220,14 @@ class BAPOConfig(BaseModel):
             "torch elsewhere; triton or torch force one."
         },
     )
+    shared_prefix: Literal["auto", "off", "require"] = Field(
+        default="auto",
+        json_schema_extra={
+            "description": "Compute each prompt once for its three responses. auto: where it is proven to give "
+            "the same numbers on the loaded model, else one padded row a response, and the log says why. off: "
+            "never. require: stop where it can't be done."
+        },
+    )
     precompute_ref_log_probs: bool | None = Field(
         default=None,
         json_schema_extra={
@@ -241,6 +256,11 @@ class BAPOConfig(BaseModel):
             "`test_datasets:`; do not set it."
         },
     )
+
+    @field_validator("shared_prefix", mode="before")
+    @classmethod
+    def _yaml_off(cls, value):
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _nll_is_additive(self):

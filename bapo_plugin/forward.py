@@ -27,7 +27,10 @@ from bapo_plugin.shared_prefix import ATTENTION, use_attention
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
-_NOT_FOR_MODEL = ("response_index", "response_labels", "cu_seqlens", "reference_logps", "layout")
+_NOT_FOR_MODEL = (
+    *("response_index", "response_labels", "cu_seqlens", "reference_logps"),
+    *("layout", "token_counts"),
+)
 
 
 class ForwardOutput(NamedTuple):

@@ -51,6 +51,17 @@ def reference_mode(model: Any, gradient_checkpointing_kwargs: dict | None = None
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """Inside, the model is in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class ReferenceCache:
     """log π_ref of data sets' rows, from a file or computed.
 

@@ -41,14 +41,10 @@ class Layout:
 
     Args:
         segments: in the order of the row; together they cover it.
-        separate_tokens: the row's responses would have as separate rows without padding.
-        padded_tokens: the same with padding.
         dense: compute with one [T, T] mask instead, the plain reference for tests.
     """
 
     segments: tuple[Segment, ...]
-    separate_tokens: int = 0
-    padded_tokens: int = 0
     dense: bool = False
     calls: int = 0  # of the attention, for the self-check
     _cache: dict = field(default_factory=dict, repr=False)
@@ -282,13 +278,18 @@ def _varlen(
     return out.transpose(0, 1).unsqueeze(0)
 
 
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def use_attention(model: nn.Module, name: str) -> str:
     """Let the model compute attention as `name` says; returns how it did before.
 
     Args:
         model: a transformers model, or one wrapped by PEFT.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap_peft(model)
     before = inner.config._attn_implementation
     if before != name:
         inner.set_attn_implementation(name)
@@ -304,7 +305,7 @@ def refusal(model: nn.Module) -> str | None:
     Args:
         model: a transformers model, or one wrapped by PEFT.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap_peft(model)
     config = getattr(inner, "config", None)
     if config is None or not hasattr(inner, "set_attn_implementation"):
         return f"{type(inner).__name__} is not a transformers model"

@@ -6,6 +6,7 @@ it to TRL's.
 """
 
 import textwrap
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.compat import disable_gradient_checkpointing, keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.data.collator import PaddedCollator, num_rows
+from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, num_rows
 from bapo_plugin.data.rows import (
     FEATURES,
     IDS,
@@ -36,7 +37,14 @@ from bapo_plugin.data.rows import (
 )
 from bapo_plugin.forward import ResponseForward
 from bapo_plugin.loss import PREFERENCE_LOSSES, BAPOLoss, ResponseLogps, bapo_loss
-from bapo_plugin.reference import COLUMN, ReferenceCache, reference_mode, weights_key
+from bapo_plugin.reference import (
+    COLUMN,
+    ReferenceCache,
+    evaluating,
+    reference_mode,
+    weights_key,
+)
+from bapo_plugin.shared_prefix import refusal, self_check, unwrap_peft
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -70,6 +78,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         logps/chosen|rejected|base          log π_θ, nats a response
         drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
         anchor/active                       share of rows whose anchor is pulling
+        tokens/s, sharing, packing          tokens computed a second; share of tokens that sharing the prompt
+                                            saved; share of computed tokens that are not padding
     """
 
     tag_names = ["axolotl", "bapo"]
@@ -122,18 +132,17 @@ class BAPOTrainer(AxolotlDPOTrainer):
         for module in (self.model, self.ref_model):
             if module is not None:
                 keep_4bit_trainable_on_cpu(module)
-        self.data_collator = PaddedCollator(
-            pad_token_id=self.processing_class.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-        )
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
+        self.data_collator = self._make_collator()
         self._cache_dir = cache_dir or getattr(self.args, "bapo_cache_dir", None)
         self._reference_cache: ReferenceCache | None = None
         self._precompute = self._decide_precompute()
         # mode -> metric -> sum over rows, on the device until it is logged; "rows" counts them
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
+        self._token_counts: Tensor | int = 0  # see `bapo_plugin.data.collator`
+        self._since = time.perf_counter()
 
     def _refuse(self, args: Any) -> None:
         """Settings of TRL that would give another loss than the one documented here."""
@@ -214,6 +223,69 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = [*IDS, COLUMN]
 
+    # ---------------------------------------------------------------- layout
+
+    def _make_collator(self) -> PaddedCollator | SharedPrefixCollator:
+        """The layout of batches: one prompt for three responses where that is proven on the models."""
+        settings = {
+            "pad_token_id": self.processing_class.pad_token_id,
+            "pad_to_multiple_of": self.args.pad_to_multiple_of,
+        }
+        padded = PaddedCollator(**settings)
+        if self.bapo.shared_prefix == "off":
+            return padded
+        shared = SharedPrefixCollator(**settings)
+        if reason := self._why_not_shared(padded, shared):
+            if self.bapo.shared_prefix == "require":
+                raise ValueError(
+                    f"bapo.shared_prefix: require, but {reason}; set bapo.shared_prefix: auto to compute the "
+                    "prompt once for each response"
+                )
+            LOG.info(f"shared prefix: off, each response gets a padded row of its own: {reason}")
+            return padded
+        LOG.info("shared prefix: on, each prompt is computed once for its three responses")
+        return shared
+
+    def _why_not_shared(self, padded: PaddedCollator, shared: SharedPrefixCollator) -> str | None:
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            return "with FSDP or ZeRO-3 it can't be tried out before weights are sharded"
+        if self.aux_loss_enabled:
+            return "the router's auxiliary loss would count a prompt once instead of three times"
+        for model in filter(None, (self.model, self.ref_model)):
+            if reason := refusal(model):
+                return reason
+            parameter = next(model.parameters())
+            if parameter.device.type == "meta":
+                return "the model isn't loaded on this process"
+
+            def run(rows: list[dict], is_shared: bool, model=model) -> tuple[Tensor, int]:
+                batch = (shared if is_shared else padded)(rows)
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                with (
+                    torch.no_grad(),
+                    self.accelerator.autocast(),
+                    evaluating(model),
+                    disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs),
+                ):
+                    logps = self._forward(model, model, batch).logps
+                return logps, batch["layout"].calls if is_shared else 0
+
+            config = model.config.get_text_config()
+            dtype = parameter.dtype
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            dtype = half.get(self.accelerator.mixed_precision, dtype)
+            if getattr(model, "is_loaded_in_4bit", False) or getattr(
+                model, "is_loaded_in_8bit", False
+            ):
+                dtype = getattr(model.config, "dtype", None) or dtype
+            try:
+                reason = self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
+            except Exception as error:  # a family that stumbles over the layout
+                reason = f"{type(error).__name__}: {error}"
+            if reason:
+                return f"the check on {type(unwrap_peft(model)).__name__} failed: {reason}"
+        return None
+
     # ---------------------------------------------------------------- reference
 
     def _decide_precompute(self) -> bool:
@@ -257,13 +329,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
         def compute(batch: dict[str, Tensor]) -> Tensor:
             unwrapped = self.accelerator.unwrap_model(model)
-            was_training = unwrapped.training
-            unwrapped.eval()
-            try:
-                with self.accelerator.autocast():
-                    return self._reference_logps(unwrapped, unwrapped, batch)
-            finally:
-                unwrapped.train(was_training)
+            with self.accelerator.autocast(), evaluating(unwrapped):
+                return self._reference_logps(unwrapped, unwrapped, batch)
 
         return ReferenceCache(
             Path(folder) / "bapo-reference.sqlite" if folder else None,
@@ -277,7 +344,18 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self.train_dataset = self._with_reference(self.train_dataset, "training")
         if self.args.eval_strategy != "no":
             self.eval_dataset = self._with_reference(self.eval_dataset, "evaluation")
+        self._tell_what_sharing_saves()
         return super().get_train_dataloader()
+
+    def _tell_what_sharing_saves(self) -> None:
+        if isinstance(self.data_collator, SharedPrefixCollator):
+            n = min(self.args.per_device_train_batch_size, len(self.train_dataset))
+            rows = [self.train_dataset[i] for i in range(n)]
+            shared = self.data_collator(rows)["token_counts"][0]
+            padded = PaddedCollator(0)(rows)["token_counts"][0]
+            LOG.info(
+                f"shared prefix: {shared:,} tokens instead of {padded:,} for the first {n} rows"
+            )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -333,7 +411,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
             loss = loss + aux
             metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
-        self._add_metrics("train" if self.model.training else "eval", metrics)
+        mode = "train" if self.model.training else "eval"
+        self._add_metrics(mode, metrics)
+        if mode == "train":
+            self._token_counts = self._token_counts + inputs["token_counts"]
         loss = loss * share
         return (loss, {"logps": policy.logps}) if return_outputs else loss
 
@@ -400,8 +481,22 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation adds its metrics in `evaluation_loop`
-            logs |= self._take_metrics("train")
+            logs |= self._take_metrics("train") | self._take_throughput()
         super().log(logs, start_time)
+
+    def _take_throughput(self) -> dict[str, float]:
+        """Since the last call, on all ranks."""
+        if not isinstance(self._token_counts, Tensor):
+            return {}
+        counts = self.accelerator.gather(self._token_counts).view(-1, 3).sum(0).tolist()
+        computed, real, separate = counts
+        now, self._token_counts = time.perf_counter(), 0
+        seconds, self._since = now - self._since, now
+        return {
+            "tokens/s": computed / seconds,
+            "sharing": 1 - real / separate,
+            "packing": real / computed,
+        }
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         self._take_metrics("eval")  # an evaluation that was interrupted

@@ -39,3 +39,7 @@ def smollm2() -> Path:
 def _scratch(tmp_path, monkeypatch):
     """Caches of `datasets` go to the test's folder, and relative outputs land there too."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    yield
+    if accelerate := sys.modules.get("accelerate.state"):
+        # shared by all trainers of a process; a loader that an earlier test left would count as active
+        accelerate.GradientState._reset_state()

@@ -1,4 +1,8 @@
-"""Rows to tensors, in two layouts: padded rows, or one packed row in which responses share their prompt."""
+"""Rows to tensors, in two layouts: padded rows, or one packed row in which responses share their prompt.
+
+In both, `token_counts` [3] has the tokens that are computed, those of them that are not padding, and
+those that three separate rows would have.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +42,7 @@ class PaddedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + 1] int32; reference_logps [3n] fp32 where the rows have them."""
+        cu_seqlens [3n + 1] int32; token_counts; reference_logps [3n] fp32 where the rows have them."""
         prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
         responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
         longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -48,6 +52,7 @@ class PaddedCollator:
         input_ids = torch.full((len(prompts), longest), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         index, cu_seqlens = [], [0]
+        separate = sum(map(len, prompts)) + sum(map(len, responses))
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             end = len(prompt) + len(response)
             input_ids[i, :end] = torch.tensor(prompt + response)
@@ -61,6 +66,7 @@ class PaddedCollator:
             "response_index": torch.cat(index),
             "response_labels": torch.tensor([t for response in responses for t in response]),
             "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
+            "token_counts": torch.tensor([input_ids.numel(), separate, separate]),
         }
         return batch | _reference_logps(rows)
 
@@ -91,12 +97,13 @@ class SharedPrefixCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
-        cu_seqlens [3n + 1] int32; layout; reference_logps [3n] fp32 where the rows have them."""
+        cu_seqlens [3n + 1] int32; layout; token_counts; reference_logps [3n] fp32 where the rows have
+        them."""
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
         index: list[list[int]] = [[] for _ in range(len(RESPONSES) * len(rows))]
-        longest = separate = 0
+        separate = 0
         for i, row in enumerate(rows):
             prompt, start = row["prompt_ids"], len(ids)
             end = start + len(prompt)
@@ -115,7 +122,7 @@ class SharedPrefixCollator:
                 # the prompt's last state predicts the first token of each response
                 index[j * len(rows) + i] = [end - 1, *range(first, len(ids) - 1)]
                 separate += len(prompt) + len(response)
-                longest = max(longest, len(prompt) + len(response))
+        real = len(ids)
         if self.pad_to_multiple_of and (extra := -len(ids) % self.pad_to_multiple_of):
             segments.append(Segment(len(ids), len(ids) + extra, len(ids), len(ids)))
             ids += [self.pad_token_id] * extra
@@ -128,7 +135,8 @@ class SharedPrefixCollator:
             "response_index": torch.tensor([i for part in index for i in part]),
             "response_labels": torch.tensor(labels),
             "cu_seqlens": torch.tensor(lengths).cumsum(0).to(torch.int32),
-            "layout": Layout(tuple(segments), separate, longest * len(index)),
+            "layout": Layout(tuple(segments)),
+            "token_counts": torch.tensor([len(ids), real, separate]),
         } | _reference_logps(rows)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bapo_kernels import sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
-from bapo_plugin.shared_prefix import ATTENTION, use_attention
+from bapo_plugin.shared_prefix import packed
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
@@ -61,7 +61,6 @@ class ResponseForward:
         self._backend = backend
         # model -> its head, or the reason for the plain path
         self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
-        self._own_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._redirect = ForwardRedirection()
 
     def __call__(
@@ -94,25 +93,13 @@ class ResponseForward:
         head = model.get_output_embeddings()
         spec = self._heads.get(model)
         if spec is None:
-            self._use_attention(model, shared=False)
             spec = self._heads[model] = self._inspect(model, head, kwargs)
             if isinstance(spec, str):
                 self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
-        # it stays so until the next call, for layers that are computed again in backward
-        self._use_attention(model, shared="bapo_layout" in kwargs)
         # an adapter may have put another head in place (modules_to_save)
         if isinstance(spec, str) or not _is_plain_linear(head):
             return self._from_logits(model, head, batch, kwargs)
         return self._from_kernel(model, head, spec, batch, kwargs)
-
-    def _use_attention(self, model: nn.Module, shared: bool) -> None:
-        """Attention of the packed layout, or the model's own."""
-        if shared:
-            before = use_attention(model, ATTENTION)
-            if before != ATTENTION:
-                self._own_attention[model] = before
-        elif model in self._own_attention:
-            use_attention(model, self._own_attention[model])
 
     def _inspect(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
         """Find out what the model does after its head; a string says why the plain path is needed."""
@@ -201,7 +188,7 @@ def _call_with_head(
         calls += 1
         return forward(hidden)
 
-    with _replaced(head, counted):
+    with _replaced(head, counted), packed(kwargs.get("bapo_layout")):
         outputs = model(**kwargs)
     if calls != 1:
         raise RuntimeError(f"{type(model).__name__} called its output head {calls} times, not once")

@@ -12,16 +12,22 @@ by their config, where it can't hold; `self_check` then proves it on the model a
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ATTENTION = "bapo_shared_prefix"
+_PREFIX = "bapo_shared_prefix_or_"
+_PACKED = ContextVar("bapo_packed", default=False)
 
 
 class Segment(NamedTuple):
@@ -114,12 +120,13 @@ def shared_prefix_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    bapo_layout: Layout | None = None,
+    bapo_layout: Layout,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a packed row, in the form that transformers calls.
@@ -135,10 +142,8 @@ def shared_prefix_attention(
         [1, T, heads, D], and None in the place of attention weights.
 
     Raises:
-        RuntimeError: the layout didn't get here, or the layer wants something that isn't known here.
+        RuntimeError: the layer wants something that isn't known here.
     """
-    if bapo_layout is None:
-        raise RuntimeError(f"{type(module).__name__} lost the layout of the packed row")
     unknown = [k for k, v in kwargs.items() if k in _CHANGES_SCORES and v is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise RuntimeError(
@@ -165,7 +170,6 @@ def shared_prefix_attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, shared_prefix_attention)
 # keyword arguments with which some family changes attention scores
 _CHANGES_SCORES = ("position_bias", "alibi", "head_mask", "score_mod", "learnable_sink")
 
@@ -283,17 +287,52 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def use_attention(model: nn.Module, name: str) -> str:
-    """Let the model compute attention as `name` says; returns how it did before.
+def install(model: nn.Module) -> None:
+    """Let the model's attention understand packed rows; calls without a layout are as before.
 
     Args:
         model: a transformers model, or one wrapped by PEFT.
     """
     inner = unwrap_peft(model)
-    before = inner.config._attn_implementation
-    if before != name:
-        inner.set_attn_implementation(name)
-    return before
+    own = inner.config._attn_implementation
+    if own.startswith(_PREFIX):
+        return
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if kwargs.get("bapo_layout") is not None:
+            return shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
+        if _PACKED.get():
+            raise RuntimeError(f"{type(module).__name__} lost the layout of the packed row")
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    def mask(*args, **kwargs):
+        # the layout says who sees whom; a [T, T] mask of what stands beside what would be wrong
+        return None if _PACKED.get() else ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
+
+    AttentionInterface.register(_PREFIX + own, attention)
+    if own in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(_PREFIX + own, mask)
+    inner.set_attn_implementation(_PREFIX + own)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the model its own attention back."""
+    inner = unwrap_peft(model)
+    name = inner.config._attn_implementation
+    if name.startswith(_PREFIX):
+        inner.set_attn_implementation(name.removeprefix(_PREFIX))
+
+
+@contextmanager
+def packed(layout: Layout | None):
+    """Around a model's forward: with a layout, no mask is made, and a layer that lost it is an error."""
+    token = _PACKED.set(layout is not None)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
 
 
 # ---------------------------------------------------------------- may it be used

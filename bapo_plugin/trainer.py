@@ -44,7 +44,7 @@ from bapo_plugin.reference import (
     reference_mode,
     weights_key,
 )
-from bapo_plugin.shared_prefix import refusal, self_check, unwrap_peft
+from bapo_plugin.shared_prefix import install, refusal, self_check, uninstall, unwrap_peft
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -241,6 +241,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
                     f"bapo.shared_prefix: require, but {reason}; set bapo.shared_prefix: auto to compute the "
                     "prompt once for each response"
                 )
+            for model in filter(None, (self.model, self.ref_model)):
+                uninstall(model)
             LOG.info(f"shared prefix: off, each response gets a padded row of its own: {reason}")
             return padded
         LOG.info("shared prefix: on, each prompt is computed once for its three responses")
@@ -279,6 +281,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             ):
                 dtype = getattr(model.config, "dtype", None) or dtype
             try:
+                install(model)
                 reason = self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
             except Exception as error:  # a family that stumbles over the layout
                 reason = f"{type(error).__name__}: {error}"

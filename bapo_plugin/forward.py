@@ -188,7 +188,7 @@ def _call_with_head(
         calls += 1
         return forward(hidden)
 
-    with _replaced(head, counted), packed(kwargs.get("bapo_layout")):
+    with _replaced(head, counted), packed(model, kwargs.get("bapo_layout")):
         outputs = model(**kwargs)
     if calls != 1:
         raise RuntimeError(f"{type(model).__name__} called its output head {calls} times, not once")

@@ -326,8 +326,18 @@ def uninstall(model: nn.Module) -> None:
 
 
 @contextmanager
-def packed(layout: Layout | None):
-    """Around a model's forward: with a layout, no mask is made, and a layer that lost it is an error."""
+def packed(model: nn.Module, layout: Layout | None):
+    """Around a model's forward: with a layout, no mask is made, and a layer that lost it is an error.
+
+    Raises:
+        RuntimeError: a layout, but `install` wasn't called on the model.
+    """
+    if layout is not None and not unwrap_peft(model).config._attn_implementation.startswith(
+        _PREFIX
+    ):
+        raise RuntimeError(
+            f"{type(unwrap_peft(model)).__name__} can't read a packed row: install() its attention first"
+        )
     token = _PACKED.set(layout is not None)
     try:
         yield

@@ -21,6 +21,7 @@ from tiny import make_model, make_rows, make_tokenizer
 from trl import DPOTrainer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.shared_prefix import install
 
 
 def trl_trainer(tmp_path, model, rows, cls=DPOTrainer, **changes):
@@ -135,6 +136,7 @@ def test_reference_base_measures_a_given_adapter_against_the_model_without(tmp_p
     batch = batch_of(trainer)
     reference = trainer._reference_logps(trainer.model, trainer.model, batch)
     base = make_model(vocab_size=len(make_tokenizer()))
+    install(base)
     torch.testing.assert_close(reference, trainer._forward(base, base, batch).logps.detach())
     assert "ref" not in trainer.model.peft_config
 
@@ -366,7 +368,9 @@ def test_fresh_adapter_reference_is_the_base_model(tmp_path):
     trainer = bapo_trainer(tmp_path)
     randomize_lora(trainer.model, std=0.2)
     batch = batch_of(trainer)
-    base = trainer._forward(*[make_model(vocab_size=len(make_tokenizer()))] * 2, batch).logps
+    model = make_model(vocab_size=len(make_tokenizer()))
+    install(model)
+    base = trainer._forward(model, model, batch).logps
     reference = trainer._reference_logps(trainer.model, trainer.model, batch)
     torch.testing.assert_close(reference, base.detach())
     assert (trainer._forward(trainer.model, trainer.model, batch).logps - base).abs().max() > 0.05

@@ -228,6 +228,15 @@ class BAPOConfig(BaseModel):
             "never. require: stop where it can't be done."
         },
     )
+    tokens_per_batch: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra={
+            "description": "With a shared prefix: most tokens that go through the model at a time. A micro-batch "
+            "with more is taken in several passes, with the same gradient: set micro_batch_size to the rows you "
+            "want and this to what fits in memory. Default: a micro-batch at a time"
+        },
+    )
     precompute_ref_log_probs: bool | None = Field(
         default=None,
         json_schema_extra={

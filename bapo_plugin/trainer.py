@@ -233,8 +233,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
         }
         padded = PaddedCollator(**settings)
         if self.bapo.shared_prefix == "off":
+            if self.bapo.tokens_per_batch:
+                raise ValueError(
+                    f"bapo.tokens_per_batch: {self.bapo.tokens_per_batch} needs a shared prefix, but "
+                    "bapo.shared_prefix is off; remove one of the two lines"
+                )
             return padded
-        shared = SharedPrefixCollator(**settings)
+        shared = SharedPrefixCollator(**settings, tokens_per_batch=self.bapo.tokens_per_batch)
         if reason := self._why_not_shared(padded, shared):
             if self.bapo.shared_prefix == "require":
                 raise ValueError(
@@ -243,7 +248,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 )
             for model in filter(None, (self.model, self.ref_model)):
                 uninstall(model)
-            LOG.info(f"shared prefix: off, each response gets a padded row of its own: {reason}")
+            LOG.info(
+                f"shared prefix: off, each response gets a padded row of its own: {reason}"
+                + ("; bapo.tokens_per_batch has no effect" if self.bapo.tokens_per_batch else "")
+            )
             return padded
         LOG.info("shared prefix: on, each prompt is computed once for its three responses")
         return shared
@@ -261,7 +269,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 return "the model isn't loaded on this process"
 
             def run(rows: list[dict], is_shared: bool, model=model) -> tuple[Tensor, int]:
-                batch = (shared if is_shared else padded)(rows)
+                batch = shared.pack(rows) if is_shared else padded(rows)
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with (
                     torch.no_grad(),
@@ -338,7 +346,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return ReferenceCache(
             Path(folder) / "bapo-reference.sqlite" if folder else None,
             compute,
-            self.data_collator,
+            getattr(self.data_collator, "pack", self.data_collator),
             self.accelerator,
             weights_key(self.accelerator.unwrap_model(model), precision) if folder else "",
         )
@@ -354,7 +362,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if isinstance(self.data_collator, SharedPrefixCollator):
             n = min(self.args.per_device_train_batch_size, len(self.train_dataset))
             rows = [self.train_dataset[i] for i in range(n)]
-            shared = self.data_collator(rows)["token_counts"][0]
+            shared = self.data_collator.pack(rows)["token_counts"][0]
             padded = PaddedCollator(0)(rows)["token_counts"][0]
             LOG.info(
                 f"shared prefix: {shared:,} tokens instead of {padded:,} for the first {n} rows"
@@ -368,6 +376,17 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     # ---------------------------------------------------------------- loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As transformers', one pack after another where `tokens_per_batch` has split the micro-batch."""
+        *first, last = inputs.get("packs", [inputs])
+        loss = 0.0
+        for pack in first:
+            with self.accelerator.no_sync(model):  # gradients are exchanged once, with the last
+                loss += super().training_step(model, pack, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -510,6 +529,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        loss = 0.0
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            for pack in inputs.get("packs", [inputs]):
+                share = num_rows(pack) / num_rows(inputs)
+                loss += share * self.compute_loss(model, pack).detach()
+        return loss, None, None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bapo_plugin.data.rows import RESPONSES
+from bapo_plugin.data.rows import IDS, RESPONSES
 from bapo_plugin.shared_prefix import Layout, Segment
 
 
@@ -80,6 +80,8 @@ class SharedPrefixCollator:
 
     Args:
         pad_to_multiple_of: fill the row up with a segment of its own that nothing else sees.
+        tokens_per_batch: with more tokens than this, a batch is split into packs that the trainer takes one
+            after another: {"packs": [batch, ...]}. A single row is never split.
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
@@ -94,8 +96,16 @@ class SharedPrefixCollator:
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
+    tokens_per_batch: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, or {"packs": batches}; see `pack`."""
+        packs = split_by_tokens(rows, self.tokens_per_batch) if self.tokens_per_batch else [rows]
+        if len(packs) == 1:
+            return self.pack(packs[0])
+        return {"packs": [self.pack(part) for part in packs]}
+
+    def pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
         cu_seqlens [3n + 1] int32; layout; token_counts; reference_logps [3n] fp32 where the rows have
         them."""
@@ -140,6 +150,23 @@ class SharedPrefixCollator:
         } | _reference_logps(rows)
 
 
+def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[dict[str, Any]]]:
+    """Rows in packs of at most `budget` tokens with shared prompts: the longest first, each into the first
+    pack that has room."""
+    packs: list[list[dict[str, Any]]] = []
+    rooms: list[int] = []
+    sizes = [sum(len(row[key]) for key in IDS) for row in rows]
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        fits = next((p for p, room in enumerate(rooms) if sizes[i] <= room), None)
+        if fits is None:
+            packs.append([])
+            rooms.append(budget)
+            fits = len(packs) - 1
+        packs[fits].append(rows[i])
+        rooms[fits] -= sizes[i]
+    return packs
+
+
 def _reference_logps(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if any(row.get("reference_logps") is None for row in rows):
         return {}
@@ -148,6 +175,8 @@ def _reference_logps(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"reference_logps": logps.T.reshape(-1)}
 
 
-def num_rows(batch: dict[str, torch.Tensor]) -> int:
+def num_rows(batch: dict[str, Any]) -> int:
     """Preference rows in a collated batch."""
+    if "packs" in batch:
+        return sum(map(num_rows, batch["packs"]))
     return (batch["cu_seqlens"].numel() - 1) // len(RESPONSES)

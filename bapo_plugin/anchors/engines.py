@@ -26,6 +26,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import AnchorsConfig
@@ -276,7 +277,16 @@ def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
         cfg: axolotl's validated configuration.
         tokenizer: axolotl's for this configuration.
         adapter_dir: an adapter that is part of the reference, or None.
+
+    Raises:
+        ValueError: the run shards weights over several processes, which generation can't do.
     """
+    sharded = cfg.fsdp or cfg.fsdp_config or is_deepspeed_zero3_enabled()
+    if sharded and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "rows lack base responses, and FSDP or ZeRO-3 shards the model that would make them; run `bapo "
+            "anchors` on this YAML first (with bapo.anchors.engine: server, if the model doesn't fit on one GPU)"
+        )
     from axolotl.loaders import ModelLoader
     from peft import PeftModel
 

@@ -303,6 +303,14 @@ def test_on_cut(folder, caplog):
         anchored(config(folder, settings | {"on_cut": "error"}))
 
 
+def test_sharded_weights_cannot_generate(folder, monkeypatch):
+    cfg, tokenizer, sources = anchor_sources(config(folder))
+    cfg.fsdp_config = {"reshard_after_forward": True}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"FSDP or ZeRO-3 shards.*run `bapo anchors` on this YAML"):
+        add_anchors(cfg, tokenizer, sources, None)
+
+
 def test_stop_must_be_one_token(folder):
     with pytest.raises(ValueError, match=r"stop: 'sea and sun' is \d+ tokens.*name single tokens"):
         anchored(config(folder, {"stop": ["sea and sun"]}))

@@ -123,10 +123,10 @@ class ResponseForward:
             }
             with torch.no_grad(), _replaced(head, probe):
                 seen = model(**short).logits
-            expected = torch.tensor(_PROBE, device=seen.device) * spec.scale
+            expected = torch.tensor(_PROBE, device=seen.device, dtype=torch.float64) * spec.scale
             if spec.softcap:
                 expected = spec.softcap * torch.tanh(expected / spec.softcap)
-            if torch.allclose(seen.float().view(-1), expected, rtol=0.02, atol=1e-3):
+            if torch.allclose(seen.double().view(-1), expected, rtol=0.02, atol=1e-3):
                 return spec
         except Exception as error:  # a model that inspects its own logits
             return (

@@ -16,6 +16,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
+from torch.overrides import TorchFunctionMode
 
 from bapo_plugin import BAPOConfig, BAPOTrainer, shared_prefix
 from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, split_by_tokens
@@ -44,8 +45,8 @@ MORE = {
         "num_experts_per_tok": 2,
     },
     "starcoder2": {"sliding_window": 8},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "glm4": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "glm4": {"head_dim": 8, "pad_token_id": 0},
     "helium": {"head_dim": 8},
     "gemma": {"head_dim": 8},
     "qwen3_moe": {
@@ -81,10 +82,17 @@ REFUSED = {
     },
     "recurrent_gemma": {"head_dim": 8, "lru_width": 32},
 }
-EAGER_FP32 = (
-    "gemma2",
-    "gpt_oss",
-)  # their own attention does its softmax in fp32, whatever the model is in
+
+
+class AllDouble(TorchFunctionMode):
+    """fp64 means fp64: norms and softmax of most families compute in fp32, whatever the model is in."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +120,8 @@ def double_model(family):
         and model._can_set_experts_implementation()
     ):
         model.set_experts_implementation("eager")  # grouped_mm has no fp64
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # transformers' sdpa leaves its soft cap out
     return model
 
 
@@ -163,6 +173,11 @@ def backward(model, logps):
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE}))
 def test_log_probs_and_gradients_are_those_of_separate_rows(family):
+    with AllDouble():
+        same_as_separate_rows(family)
+
+
+def same_as_separate_rows(family):
     rows = ragged()
     model = with_lora(double_model(family))
     assert refusal(model) is None
@@ -170,7 +185,7 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(family):
     expected_gradients = backward(model, expected)
     found = shared_logps(model, rows)
     found_gradients = backward(model, found)
-    tolerance = 2e-4 if family in EAGER_FP32 else 1e-9
+    tolerance = 1e-9
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -408,7 +423,7 @@ def test_a_token_budget_changes_nothing_but_the_passes(tmp_path, monkeypatch):
         return forward(self, model, unwrapped, batch, **kwargs)
 
     logs, weights = {}, {}
-    for budget in (None, 120):
+    for budget in (None, 90):
         trainer = bapo_trainer(
             tmp_path / str(budget),
             lora_model(),
@@ -429,19 +444,19 @@ def test_a_token_budget_changes_nothing_but_the_passes(tmp_path, monkeypatch):
             n: p.detach() for n, p in trainer.model.named_parameters() if "lora" in n
         }
         if budget is None:
-            assert max(widths) > 120
+            assert max(widths) > 90
         else:
             longest = max(
                 sum(len(v) for k, v in r.items() if k.endswith("_ids"))
                 for r in trainer.train_dataset
             )
-            assert max(widths) <= max(120, longest) and len(widths) > 6
+            assert max(widths) <= max(90, longest) and len(widths) > 6
         widths.clear()
-    for one, several in zip(logs[None], logs[120], strict=True):
+    for one, several in zip(logs[None], logs[90], strict=True):
         for key in ("loss", "grad_norm", "drift/base", "eval_loss", "eval_drift/base", "sharing"):
             assert one.get(key) == pytest.approx(several.get(key), abs=2e-4), key
     for name, value in weights[None].items():
-        torch.testing.assert_close(weights[120][name], value, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(weights[90][name], value, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="needs a shared prefix, but bapo.shared_prefix is off"):
         bapo_trainer(tmp_path, bapo={"shared_prefix": "off", "tokens_per_batch": 9})
 
@@ -467,10 +482,11 @@ def test_the_log_says_what_it_saves(tmp_path, caplog):
 
 
 def test_moe_router_loss_and_bare_off_take_the_padded_layout(tmp_path, caplog):
-    trainer = bapo_trainer(tmp_path, lora_model("mixtral", target_modules=["q_proj"]))
+    trainer = bapo_trainer(
+        tmp_path, lora_model("mixtral", target_modules=["q_proj"]), router_aux_loss_coef=0.0
+    )
     assert type(trainer.data_collator) is SharedPrefixCollator  # without its auxiliary loss
     model = lora_model("mixtral", target_modules=["q_proj"])
-    model.config.output_router_logits = True
     trainer = bapo_trainer(tmp_path, model)
     assert type(trainer.data_collator) is PaddedCollator and "auxiliary loss" in caplog.text
     assert BAPOConfig(shared_prefix=False).shared_prefix == "off"
@@ -565,8 +581,8 @@ def test_smollm2(smollm2, tmp_path, kind):
         for n, g in results["padded"][1].items()
     )
     norms = [
-        sum(g.double().square().sum() for g in found.values()).sqrt()
-        for _, found in (results["shared"], results["padded"])
+        float(sum(g.double().square().sum() for g in found[1].values())) ** 0.5
+        for found in (results["shared"], results["padded"])
     ]
-    assert dot / (norms[0] * norms[1]) > (0.99 if kind == "bf16" else 1 - 1e-6)
+    assert dot / (norms[0] * norms[1]) > (0.99 if kind == "bf16" else 1 - 1e-4)
     assert norms[0] == pytest.approx(norms[1], rel=0.05 if kind == "bf16" else 1e-3)

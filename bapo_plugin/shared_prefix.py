@@ -26,7 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_PREFIX = "bapo_shared_prefix_or_"
+# our attention's name in transformers -> the model's own below it; "flash" in a name means something there
+_OWN: dict[str, str] = {}
 _PACKED = ContextVar("bapo_packed", default=False)
 
 
@@ -295,8 +296,12 @@ def install(model: nn.Module) -> None:
     """
     inner = unwrap_peft(model)
     own = inner.config._attn_implementation
-    if own.startswith(_PREFIX):
+    if own in _OWN:
         return
+    for name, known in _OWN.items():
+        if known == own:
+            inner.set_attn_implementation(name)
+            return
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if kwargs.get("bapo_layout") is not None:
@@ -311,18 +316,20 @@ def install(model: nn.Module) -> None:
         # the layout says who sees whom; a [T, T] mask of what stands beside what would be wrong
         return None if _PACKED.get() else ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
 
-    AttentionInterface.register(_PREFIX + own, attention)
+    name = f"bapo_shared_prefix_{len(_OWN)}"
+    AttentionInterface.register(name, attention)
     if own in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(_PREFIX + own, mask)
-    inner.set_attn_implementation(_PREFIX + own)
+        AttentionMaskInterface.register(name, mask)
+    _OWN[name] = own
+    inner.set_attn_implementation(name)
 
 
 def uninstall(model: nn.Module) -> None:
     """Give the model its own attention back."""
     inner = unwrap_peft(model)
     name = inner.config._attn_implementation
-    if name.startswith(_PREFIX):
-        inner.set_attn_implementation(name.removeprefix(_PREFIX))
+    if name in _OWN:
+        inner.set_attn_implementation(_OWN[name])
 
 
 @contextmanager
@@ -332,9 +339,7 @@ def packed(model: nn.Module, layout: Layout | None):
     Raises:
         RuntimeError: a layout, but `install` wasn't called on the model.
     """
-    if layout is not None and not unwrap_peft(model).config._attn_implementation.startswith(
-        _PREFIX
-    ):
+    if layout is not None and unwrap_peft(model).config._attn_implementation not in _OWN:
         raise RuntimeError(
             f"{type(unwrap_peft(model)).__name__} can't read a packed row: install() its attention first"
         )

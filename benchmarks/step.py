@@ -83,14 +83,14 @@ def fixed_rows(prompt, response, count, vocabulary):
     ]
 
 
-def ragged_rows(tokenizer, count):
-    """The demo's rows; every third prompt is a conversation with former turns, as chats are."""
+def demo_rows(tokenizer, count, conversations=False):
+    """The demo's rows. With conversations, every third prompt has former turns, as chats have: ragged."""
     lines = [json.loads(line) for line in DATA.read_text("utf-8").splitlines()]
     rows = []
     for i in range(count):
         row = lines[i]
         chat = [{"role": "user", "content": row["prompt"]}]
-        if i % 3 == 0:
+        if conversations and i % 3 == 0:
             for earlier in lines[40 + i : 44 + i]:
                 chat[:0] = [
                     {"role": "user", "content": earlier["prompt"]},
@@ -304,8 +304,10 @@ def main():
     )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch, fixed lengths")
-    parser.add_argument("--ragged-rows", type=int, default=4)
-    parser.add_argument("--cases", nargs="+", default=["64/64", "256/128", "512/128", "ragged"])
+    parser.add_argument("--ragged-rows", type=int, default=4, help="the same for demo and ragged")
+    parser.add_argument(
+        "--cases", nargs="+", default=["64/64", "256/128", "512/128", "demo", "ragged"]
+    )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--json", type=Path)
@@ -317,8 +319,8 @@ def main():
     vocabulary = bench.model.config.vocab_size
     results = []
     for case in args.cases:
-        if case == "ragged":
-            rows = ragged_rows(bench.tokenizer, args.ragged_rows)
+        if case in ("demo", "ragged"):
+            rows = demo_rows(bench.tokenizer, args.ragged_rows, conversations=case == "ragged")
         else:
             prompt, response = map(int, case.split("/"))
             rows = fixed_rows(prompt, response, args.rows, vocabulary)

@@ -358,6 +358,8 @@ def _run(plan: Plan, engine: Engine, store: Store) -> int:
             waiting = []
             for batch in batches:
                 todo = [request for request in batch if request.key not in done]
+                if not todo:
+                    continue
                 mine = set(store.claim("anchor", [request.key for request in todo]))
                 here = [request for request in todo if request.key in mine]
                 try:

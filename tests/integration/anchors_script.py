@@ -27,7 +27,14 @@ def main(config: str, pause: float) -> None:
         time.sleep(pause)
         return count(self, *args, **kwargs)
 
-    engines._Counted.__call__ = slow
+    put = Store.put
+
+    def told(self, kind, *args, **kwargs):
+        put(self, kind, *args, **kwargs)
+        if kind == "anchor":
+            print("STORED", flush=True)
+
+    engines._Counted.__call__, Store.put = slow, told
     cfg, tokenizer, sources = anchor_sources(config)
     with Store(store_path(cfg)) as store:
         plan = make_plan(cfg, tokenizer, sources, None, store)

@@ -141,7 +141,8 @@ def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
     assert "Loading weights" not in output
 
     rows = make_rows(4)
-    rows[2]["base"] = ""
+    rows[2]["base"] = None
+    rows[3]["rejected"] = ""
     entry = {
         "path": str(write_jsonl(folder / "faulty.jsonl", rows)),
         "split": "train",
@@ -151,7 +152,8 @@ def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
         folder, output_dir=str(folder / "broken"), datasets=[entry], val_set_size=None
     )
     output = axolotl(folder, "train", config, "--launcher", "python", check=False)
-    assert "1 of 4 rows can't be used" in output and "row 3: base is empty" in output
+    # the row without a base response would get one, but not before the faulty one is mended
+    assert "1 of 4 rows can't be used" in output and "row 4: rejected is empty" in output
     assert "Loading weights" not in output
 
 

@@ -406,6 +406,13 @@ def start(path, pause=0.02):
     return process
 
 
+def wait_for(process, word):
+    for line in process.stdout:
+        if line.strip() == word:
+            return
+    raise AssertionError(process.stderr.read()[-3000:])
+
+
 def finish(process):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-4000:]
@@ -429,9 +436,9 @@ def killed_and_gone_on(folder, kills):
     partial = 0
     for kill in range(kills):
         process = start(path, 0.05)
-        assert process.stdout.readline() == "START\n", process.stderr.read()[-3000:]
+        wait_for(process, "START")
         if kill == 0:  # a moment with something to lose; the others come as they come
-            assert process.stdout.readline() == "STORED\n", process.stderr.read()[-3000:]
+            wait_for(process, "STORED")
         time.sleep(generator.uniform(0.05, 3))
         process.send_signal(signal.SIGKILL)
         process.wait()

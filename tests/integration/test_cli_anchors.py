@@ -105,10 +105,10 @@ def bapo(*arguments):
 def test_bapo_anchors_explains_and_refuses(runs, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     output = bapo("anchors", config(folder), "--explain")
-    assert "reused: made with the same model" in output and "16" in output
+    assert "reused:" in output and "16" in output
     changed = config(folder, bapo={"anchors": {"max_new_tokens": 12, "temperature": 1.0}})
     output = bapo("anchors", changed, "--explain")
-    assert "to generate: generation.temperature" in output and MADE not in output
+    assert "to generate:" in output and "generation.temperature" in output and MADE not in output
     for changes, arguments, message in (
         ({}, ("--output", "o.csv"), "must end in .jsonl or .parquet"),
         ({}, ("--output", "no/o.jsonl"), "there is no folder no"),

@@ -493,13 +493,16 @@ def test_moe_router_loss_and_bare_off_take_the_padded_layout(tmp_path, caplog):
 
 
 def test_require_is_an_error_where_it_cannot_be(tmp_path):
-    model = lora_model("llama", target_modules=["q_proj"])
-    model.get_base_model().config.layer_types = ["full_attention", "linear_attention"]
+    def model():
+        made = lora_model("llama", target_modules=["q_proj"])
+        made.get_base_model().config.layer_types = ["full_attention", "linear_attention"]
+        return made
+
     with pytest.raises(
         ValueError, match=r"shared_prefix: require, but .*linear_attention.*set bapo"
     ):
-        bapo_trainer(tmp_path, model, bapo={"shared_prefix": "require"})
-    trainer = bapo_trainer(tmp_path, model)
+        bapo_trainer(tmp_path, model(), bapo={"shared_prefix": "require"})
+    trainer = bapo_trainer(tmp_path, model())
     assert type(trainer.data_collator) is PaddedCollator
 
 

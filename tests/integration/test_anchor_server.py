@@ -154,7 +154,8 @@ def test_a_server_that_misbehaves_is_asked_again(folder):
     with Server(faults=faults) as server:
         found = anchored(folder, server.url, concurrency=4, timeout=1)
     assert found[GENERATED] == expected
-    assert len(server.requests) == ROWS + 3 + 10
+    # each fault costs one more request; on a busy machine a sound one may run out of time too
+    assert not server.faults and len(server.requests) >= ROWS + 3 + 10
 
 
 @pytest.mark.parametrize(

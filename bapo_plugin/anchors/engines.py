@@ -210,6 +210,12 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
+def _seed_of(anchors: AnchorsConfig, request: Request) -> int:
+    """63 bits that follow from the run's seed and the prompt alone."""
+    digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 class _SeededSampling(LogitsProcessor):
     """Turns greedy choice into sampling: argmax(log p + Gumbel noise) is a sample from p.
 
@@ -222,8 +228,7 @@ class _SeededSampling(LogitsProcessor):
             self._warpers.append(TopPLogitsWarper(anchors.top_p))
         self._generators = []
         for request in requests:
-            digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
-            seed = int.from_bytes(digest[:8], "big") >> 1
+            seed = _seed_of(anchors, request)
             self._generators.append(torch.Generator(device).manual_seed(seed))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -403,8 +408,8 @@ class ServerEngine:
             "stop": self._stop[:4],  # OpenAI's limit
         }
         if anchors.temperature > 0 and not greedy:
-            digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
-            body |= {"top_p": anchors.top_p, "seed": int.from_bytes(digest[:4], "big") >> 1}
+            # servers take 31 bits
+            body |= {"top_p": anchors.top_p, "seed": _seed_of(anchors, request) >> 32}
         reply = self._post(body)
         try:
             choice = reply["choices"][0]

@@ -1,0 +1,477 @@
+"""`bapo report`: what is read from runs of all kinds, and a page that needs nothing and trusts nobody."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from bapo_plugin.report import write_report
+from bapo_plugin.report.figures import NUM_COLOURS, make_figures, run_style
+from bapo_plugin.report.plots import _MAX_POINTS, _STAND_INS, _thinned, panel_svg
+from bapo_plugin.report.read import TRAINER_CLS, read_runs, unique_names
+from bapo_plugin.report.tables import decimal, differences, summary, task_table
+
+EVIL = "<script>alert(1)</script>"
+BAPO = {"base_model": "tiny", "rl": "dpo", "trainer_cls": TRAINER_CLS, "rl_beta": 0.1}
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+    return path
+
+
+def metrics(step: int, base: float) -> dict:
+    """What BAPOTrainer logs."""
+    return {
+        "loss": 0.7 - 0.01 * step,
+        "loss/preference": 0.6 - 0.01 * step,
+        "loss/anchor": 0.1,
+        "rewards/chosen": 0.1 * step,
+        "rewards/rejected": -0.2 * step,
+        "rewards/margins": 0.3 * step,
+        "rewards/accuracies": 0.75,
+        "drift/chosen": 1.0 * step,
+        "drift/base": base * step / 20,
+        "drift/rejected": -2.0 * step,
+        "anchor/active": 0.5,
+    }
+
+
+def make_run(folder: Path, base: float = -1.0, config: dict | None = None, steps: int = 20) -> Path:
+    history = []
+    for step in range(2, steps + 1, 2):
+        throughput = {"tokens/s": 1000 + step, "sharing": 0.4, "packing": 0.9}
+        history.append({"step": step, **metrics(step, base), **throughput})
+        if step % 10 == 0:
+            evaluation = {f"eval_{k}": v for k, v in metrics(step, base).items()}
+            history.append({"step": step, **evaluation})
+            history.append({"step": step, "retention/drift": base, "retention/agreement": 0.97})
+    state = {"global_step": steps, "max_steps": 20, "log_history": history}
+    write(folder / f"checkpoint-{steps}/trainer_state.json", state)
+    write(folder / "bapo_run.json", {"config": BAPO if config is None else config, "model": "tiny"})
+    return folder
+
+
+def make_state(folder: Path, history: list, **more) -> Path:
+    state = {"global_step": 10, "max_steps": 10, "log_history": history, **more}
+    write(folder / "trainer_state.json", state)
+    return folder
+
+
+def add_evaluation(folder: Path, **more) -> None:
+    estimate = {"value": -3.14, "se": 0.42}
+    after = {"value": 0.25, "se": 0.02, "difference": -0.05, "difference_se": 0.01}
+    content = {
+        "format": 1,
+        "model": "tiny",
+        "retention": {"prompts": 40, "tokens": 1800, "after": {"a": {"drift": estimate}}},
+        "tasks": [
+            {
+                "task": "t1",
+                "metric": "acc",
+                "before": {"value": 0.3, "se": 0.02},
+                "after": {"a": after},
+            }
+        ],
+        "samples": [
+            {"prompt": "Why?", "before": "Because.", "after": {"a": "Arr."}, "drift": {"a": -7.5}}
+        ],
+    }
+    write(folder / "bapo-eval.json", content | more)
+
+
+class Page(HTMLParser):
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.source = path.read_text("utf-8")
+        self.feed(self.source)
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags[-1:] and self.tags[-1][0] != "style":
+            self.text += data
+
+    def all(self, name):
+        return [attrs for tag, attrs in self.tags if tag == name]
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run that forgets and one that doesn't."""
+    forgets = make_run(tmp_path / "dpo", -30.0, BAPO | {"bapo": {"anchor_weight": 0}})
+    keeps = make_run(tmp_path / "bapo", -0.5, BAPO | {"bapo": {"anchor_weight": 0.1}})
+    add_evaluation(forgets)
+    return [forgets, keeps]
+
+
+# ---------------------------------------------------------------- page
+
+
+def test_page_and_figures(two, tmp_path):
+    written = write_report(two, tmp_path / "r.html")
+    keys = ["drift", "loss", "rewards", "preference", "anchor", "retention", "throughput"]
+    assert [path.name for path in written] == ["r.html", *(f"r-{key}.png" for key in keys)]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(
+        p.name for p in written
+    )
+    text = Page(written[0]).text
+    order = [
+        "What to look at",
+        "Drift from the model before training",
+        "Loss",
+        "Rewards",
+        "Margins and accuracy",
+        "Anchor activity",
+        "Retention",
+        "Throughput",
+        "Evaluation before and after",
+        "Answers before and after",
+        "Configuration",
+    ]
+    places = [text.index(title) for title in order]
+    assert places == sorted(places)
+    assert "lowest in dpo (−30.0 nats) and highest in bapo (−0.500 nats)" in text
+    assert "drift −7.50 nats" in text
+
+
+def test_same_runs_same_bytes(two, tmp_path):
+    first = [path.read_bytes() for path in write_report(two, tmp_path / "r.html")]
+    assert [path.read_bytes() for path in write_report(two, tmp_path / "r.html")] == first
+
+
+def test_page_needs_nothing_else(two, tmp_path):
+    page = Page(write_report(two, tmp_path / "r.html")[0])
+    assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", page.source)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
+    for _, attrs in page.tags:
+        assert "src" not in attrs
+        assert (attrs.get("href") or "#").startswith("#")
+    assert "@import" not in page.source
+
+
+def test_svgs_share_a_page(two, tmp_path):
+    page = Page(write_report(two, tmp_path / "r.html")[0])
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert ids and len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page.source)
+    assert used and set(used) == set(ids)
+    # every colour is one of the style sheet's, so that it follows light and dark
+    body = page.source[page.source.index("<body>") :]
+    assert not re.search(r"(stroke|fill): #", body)
+    assert not any(colour in page.source for colour in _STAND_INS.values())
+    variables = set(re.findall(r"var\(--([a-z0-9]+)\)", page.source))
+    assert variables <= set(re.findall(r"--([a-z0-9]+):", page.source))
+    labels = [attrs["aria-label"] for attrs in page.all("svg") if attrs.get("role") == "img"]
+    assert any("dpo" in label and "base ends at -30" in label for label in labels)
+
+
+def test_drift_panels_have_one_scale(two):
+    def ticks(figure):
+        svgs = [panel_svg(panel, figure, "") for panel in figure.panels]
+        return [re.findall(r"text-anchor: end[^>]*>([^<]+)<", svg) for svg in svgs]
+
+    make_run(two[0], base=-90.0)  # beyond all of the other's
+    drift, loss, *_ = make_figures(read_runs(two))
+    assert [panel.title for panel in drift.panels] == ["dpo", "bapo"]
+    assert [line.label for line in drift.panels[0].lines] == ["chosen", "base", "rejected"]
+    forgets, keeps = ticks(drift)
+    assert len(forgets) > 3 and forgets == keeps
+    assert ticks(loss)[0] != ticks(loss)[2]
+
+
+def test_everything_is_escaped(tmp_path):
+    name = EVIL.replace("/", "∕")
+    config = BAPO | {"note": EVIL, EVIL: 1, "base_model": EVIL}
+    run = make_run(tmp_path / name, config=config)
+    add_evaluation(
+        run,
+        tasks=[{"task": EVIL, "metric": EVIL, "before": None, "after": {EVIL: {"value": EVIL}}}],
+        samples=[{"prompt": EVIL, "before": EVIL, "after": {EVIL: EVIL}, "drift": {EVIL: EVIL}}],
+    )
+    other = make_run(tmp_path / f"b {name}", config={})
+    page = Page(write_report([run, other], tmp_path / f"{name}.html")[0])
+    assert not page.all("script")
+    assert page.text.count(EVIL) >= 6  # prompt, answers, task, config key and value
+    assert name in page.text
+    assert any(name in attrs.get("aria-label", "") for attrs in page.all("svg"))
+
+
+def test_odd_names_in_figures(tmp_path):
+    runs = [
+        make_run(tmp_path / name) for name in ("$x_{1$ 100% \\nosuch", "日本語 العربية", "n" * 200)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = write_report(runs, tmp_path / "r.html")
+    assert "$x_{1$ 100% \\nosuch" in Page(written[0]).text
+
+
+def test_sections_without_data_are_left_out(tmp_path):
+    history = [{"step": step, "loss": 2.0 / step} for step in range(1, 11)]
+    run = make_state(tmp_path / "sft", history)
+    write(run / "README.md", "<details>\n```yaml\nbase_model: tiny\n```\n</details>")
+    written = write_report([run], tmp_path / "r.html")
+    assert [path.name for path in written] == ["r.html", "r-loss.png"]
+    page = Page(written[0])
+    assert page.source.count("<figure") == 1
+    for absent in ("Drift", "Rewards", "Retention", "Evaluation", "Answers", "What to look at"):
+        assert f"<h2>{absent}" not in page.source
+    assert "sft" in page.text
+
+
+def test_run_that_only_started(tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    drift = make_figures(read_runs([run]))[0]
+    svg = panel_svg(drift.panels[0], drift, "p-")
+    assert svg.count("<use") >= 3  # a single point shows only as a mark
+    text = Page(write_report([run], tmp_path / "r.html")[0]).text
+    assert "2 / 20" in text and "running or stopped" in text and "train" in text
+
+
+def test_nothing_logged_yet(tmp_path):
+    run = make_state(tmp_path / "run", [], global_step=0)
+    written = write_report([run], tmp_path / "r.html")
+    assert len(written) == 1
+    assert "No metric has been logged yet" in Page(written[0]).text
+    assert "Configuration unknown" in Page(written[0]).text
+
+
+def test_many_runs_can_be_told_apart(tmp_path):
+    assert len({run_style(i) for i in range(4 * NUM_COLOURS)}) == 4 * NUM_COLOURS
+    runs = [make_run(tmp_path / f"run{i}") for i in range(9)]
+    figures = make_figures(read_runs(runs))
+    assert len(figures[0].panels) == 9
+    assert len(figures[1].panels) == 3 and len(figures[1].panels[0].lines) == 9
+
+
+def test_long_lines_keep_their_extremes():
+    points = [(step, float(step % 7)) for step in range(100_000)]
+    points[54_321] = (54_321, -99.0)
+    points[54_400] = (54_400, 99.0)
+    thinned = _thinned(points)
+    assert len(thinned) <= _MAX_POINTS + 2
+    assert (54_321, -99.0) in thinned and (54_400, 99.0) in thinned
+    assert thinned == sorted(thinned)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_newest_state_counts(tmp_path):
+    run = make_run(tmp_path / "run", steps=20)
+    make_run(run, steps=10)  # adds checkpoint-10
+    assert read_runs([run])[0].step == 20
+    make_state(run, [{"step": 30, "loss": 1.0}], global_step=30)
+    assert read_runs([run])[0].step == 30
+    checkpoint = read_runs([run / "checkpoint-10"])[0]
+    assert (checkpoint.step, checkpoint.name) == (10, "run/checkpoint-10")
+    assert checkpoint.method == "bapo" and checkpoint.config_source == "bapo_run.json"
+    assert read_runs([run / "checkpoint-20/trainer_state.json"])[0].step == 20
+
+
+def test_half_written_state_is_left_out_and_said(tmp_path):
+    run = make_run(tmp_path / "run", steps=10)
+    write(run / "checkpoint-20/trainer_state.json", '{"global_step": 20, "log_')
+    [read] = read_runs([run])
+    assert read.step == 10
+    assert "checkpoint-20" in read.notes[0]
+
+
+def test_odd_values(tmp_path):
+    history = [
+        {"step": 1, "loss": "0.5", "drift/base": None, "rewards/margins": float("inf")},
+        {"step": 2, "loss": float("nan"), "drift/base": "nan", "rewards/margins": [1]},
+        {"step": 3, "loss": 0.25, "drift/base": -2, "rewards/margins": "x", "flag": True},
+        {"loss": 9.0},
+        {"step": "x", "loss": 9.0},
+        "not an entry",
+    ]
+    run = make_state(tmp_path / "run", history)
+    [read] = read_runs([run])
+    assert [v for _, v in read.series["loss"]] == [
+        0.5,
+        pytest.approx(float("nan"), nan_ok=True),
+        0.25,
+    ]
+    assert read.last("drift/base") == -2
+    assert "rewards/margins" not in read.series and "flag" not in read.series
+    assert "step 2" in " ".join(read.notes)
+    write_report([run], tmp_path / "r.html")
+
+
+def test_last_one_of_a_step_counts(tmp_path):
+    history = [{"step": s, "loss": v} for s, v in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0))]
+    [read] = read_runs([make_state(tmp_path / "run", history)])
+    assert read.series["loss"] == [(1, 1.0), (2, 20.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("config", "drift", "note"),
+    [
+        ("rl: dpo\nrl_beta: 0.1", 5.0, "β = 0.1"),
+        ("rl: ipo\ntrl:\n  beta: 5e-1", 1.0, "β = 0.5"),
+        ("rl: dpo", None, "no rl_beta"),
+        ("rl: simpo\nrl_beta: 0.1", None, "simpo"),
+        (None, None, "β is unknown"),
+    ],
+)
+def test_drift_out_of_the_rewards_of_trl(tmp_path, config, drift, note):
+    rewards = {"rewards/chosen": 0.5, "rewards/rejected": -1.0, "rewards/margins": 1.5}
+    run = make_state(tmp_path / "run", [{"step": 1, "loss": 0.6, **rewards}])
+    if config:
+        card = (
+            f"---\nx: 1\n---\n<details><summary>c</summary>\n\n```yaml\n{config}\n```\n</details>\n"
+        )
+        write(run / "README.md", card)
+    [read] = read_runs([run])
+    assert read.last("drift/chosen") == (drift if drift is None else pytest.approx(drift))
+    assert "drift/base" not in read.series
+    page = Page(write_report([run], tmp_path / "r.html")[0])
+    assert note in page.text
+    keys = [figure.key for figure in make_figures([read])]
+    assert "rewards" in keys and ("drift" in keys) == (drift is not None)
+
+
+def test_names():
+    paths = [["a", "x", "run"], ["a", "y", "run"], ["b", "other"], ["b", "y", "run"]]
+    assert unique_names(paths) == ["x/run", "a/y/run", "other", "b/y/run"]
+    assert unique_names([["a", "run"], ["a", "run"]]) == ["a/run (1)", "a/run (2)"]
+
+
+def test_same_folder_twice_is_one_run(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_runs([Path("run"), tmp_path / "run", Path("./x/../run")])) == 1
+
+
+def test_configuration(tmp_path):
+    run = make_run(
+        tmp_path / "run", config=BAPO | {"wandb_api_key": "hunter2", "eos_token": "</s>"}
+    )
+    write(run / "README.md", "<details>\n```yaml\nrl: orpo\n```\n</details>")
+    assert read_runs([run])[0].method == "bapo"  # bapo_run.json goes before the model card
+    page = Page(write_report([run], tmp_path / "r.html")[0])
+    assert "hunter2" not in page.source and "eos_token: </s>" in page.text
+    assert "rl: bapo" in page.text
+    (run / "bapo_run.json").unlink()
+    assert read_runs([run])[0].flat == {"rl": "orpo"}
+    write(run / "README.md", "<details>\n```yaml\n: [\n```\n</details>")
+    assert read_runs([run])[0].config is None
+
+
+def test_only_differing_keys_are_compared(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", config={"x": 1, "bapo": {"anchor_weight": 0.1}, "l": [1, 2]}),
+        make_run(
+            tmp_path / "b", config={"x": 1, "bapo": {"anchor_weight": 0.2}, "l": [1, 2], "y": None}
+        ),
+        make_state(tmp_path / "c", [{"step": 1, "loss": 1.0}]),
+    ]
+    names, rows = differences(read_runs(runs))
+    assert names == ["a", "b"]
+    assert rows == [("bapo.anchor_weight", ["0.1", "0.2"]), ("y", [None, "null"])]
+
+
+def test_summary(two):
+    heads, rows = summary(read_runs(two))
+    row = dict(zip(heads, rows[0], strict=True))
+    assert (row["method"].text, row["method"].tag) == ("bapo", "λ 0 β 0.1")
+    assert (row["steps"].text, row["steps"].tag) == ("20 / 20", "finished")
+    assert row["accuracy"].text == "0.750"
+    assert row["drift base"].text == "−30.0"
+    assert row["retention agreement"].text == "0.970"
+    assert row["tokens/s"].text == "1,011"
+    assert "loss" not in heads and "model" not in heads
+
+
+def test_standard_errors(two):
+    [[task, _, run, before, after, difference]] = task_table(read_runs(two))
+    assert (task.text, run.text) == ("t1", "dpo")
+    assert (before.text, before.tag) == ("0.300", "± 0.020")
+    assert (after.text, difference.text, difference.tag) == ("0.250", "−0.050", "± 0.010")
+    assert difference.is_strong and not after.is_strong
+
+
+@pytest.mark.parametrize("empty", [None, [], {}, "x"])
+def test_evaluation_without_parts(tmp_path, empty):
+    run = make_run(tmp_path / "run")
+    add_evaluation(run, retention=empty, tasks=empty, samples=empty)
+    assert "Answers before" not in Page(write_report([run], tmp_path / "r.html")[0]).source
+
+
+def test_decimal():
+    values = (-30.12, -0.04, 1234.5, -1e-9, None, "nan", 2e9)
+    assert [decimal(v) for v in values] == ["−30.1", "−0.040", "1,234", "0.000", "–", "–", "2e+09"]
+    assert decimal(0.5, 1, sign=True) == "+0.5"
+
+
+def test_trainer_is_the_one_of_the_configuration():
+    source = (Path(__file__).parents[2] / "bapo_plugin/config.py").read_text("utf-8")
+    assert f'TRAINER_CLS = "{TRAINER_CLS}"' in source
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("make", "output", "message"),
+    [
+        (lambda run: None, "r.html", "run: no such folder; name the output_dir"),
+        (lambda run: run.mkdir(), "r.html", "run: has neither trainer_state.json nor checkpoint"),
+        (lambda run: write(run / "trainer_state.json", "{"), "r.html", "can't be read .*try again"),
+        (lambda run: write(run / "trainer_state.json", "[]"), "r.html", "holds list, not a JSON"),
+        (lambda run: write(run / "trainer_state.json", "{}"), "r.html", "no list log_history"),
+        (lambda run: write(make_run(run) / "bapo_run.json", "{"), "r.html", "bapo_run.json: can't"),
+        (lambda run: add_evaluation(make_run(run), format=2), "r.html", "format 2, this version"),
+        (make_run, "r.pdf", "ends in .html"),
+        (make_run, "absent/r.html", "no folder .*absent; make it first"),
+    ],
+)
+def test_errors_name_path_and_remedy(tmp_path, make, output, message):
+    make(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        write_report([tmp_path / "run"], tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(ValueError, match="name at least one"):
+        write_report([], tmp_path / "r.html")
+
+
+def test_written_whole_or_not_at_all(two, tmp_path, monkeypatch):
+    def full(self, content):
+        if self.name.startswith(".r-loss"):
+            self.touch()
+            raise OSError(28, "No space left on device")
+        return write_bytes(self, content)
+
+    write(tmp_path / "r.html", "what was there")
+    write_bytes = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match="r-loss.png: can't be written \\(No space"):
+        write_report(two, tmp_path / "r.html")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.html"]
+    assert (tmp_path / "r.html").read_text() == "what was there"
+
+
+def test_starts_fast():
+    code = "import sys, bapo_plugin.report; print({'torch', 'transformers', 'axolotl'} & {*sys.modules})"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout.strip() == "set()", run.stderr

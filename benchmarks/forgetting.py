@@ -1,0 +1,619 @@
+"""Does BAPO forget less? One user's taste on SmolLM2-135M-Instruct, by DPO, its remedies, and BAPO.
+
+    python benchmarks/forgetting.py --json forgetting.json --plot forgetting      # at most 25 minutes, 2 cores
+    python benchmarks/forgetting.py --quick --json quick.json                     # at most 6
+    python benchmarks/forgetting.py --data FOLDER ...     # also dsp.jsonl (personas) and mmlu.jsonl (knowledge)
+
+Every method trains a fresh LoRA adapter on the same pairs, in the same order, for the same steps, anchored to
+what the model itself answered. Measured on prompts that are not in training, at several points of the run:
+
+  accuracy, margin    held-out pairs of the persona: how often Δ_chosen > Δ_rejected, and by how much (nats)
+  drift, agreement,   the model's own former answers to unrelated prompts; see bapo_plugin/retention.py
+    kl
+  knowledge           accuracy on easy three-choice questions (benchmarks/data), and on MMLU with --data, by
+                      the likelihood of the answer per byte, before and after, the same questions
+  probe               share of prompts at which the honest or harmless answer is more likely, per byte
+
+Methods learn at different speed, so they are compared at matched held-out accuracy and at matched margin:
+`matched` is where the drift curve of a run passes the level that both it and DPO reach (linear between points).
+Runs that --json has are not trained again.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
+from datasets import Dataset, disable_progress_bars
+from forgetting_data import (
+    Pair,
+    Question,
+    easy_questions,
+    mmlu,
+    pairs,
+    probe,
+    unrelated_prompts,
+)
+from peft import LoraConfig
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
+
+from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.data.collator import SharedPrefixCollator, split_by_tokens
+from bapo_plugin.forward import ResponseForward, response_logits
+from bapo_plugin.reference import COLUMN, reference_mode
+from bapo_plugin.retention import FormerAnswer, former_answers, mean_and_error, measure
+from bapo_plugin.shared_prefix import install, uninstall
+
+ROOT = Path(__file__).parents[1]
+# no system message: it would be a third of the tokens
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BETA = 0.1
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# name -> settings of the trainer. "on": whose likelihood the anchor holds; on the chosen response it makes the
+# known remedies: NLL on chosen (TRL's rpo_alpha: 1, mean over tokens) and DPOP (Pal et al. 2024, λ = 5)
+METHODS: dict[str, dict] = {
+    "DPO": {"anchor_weight": 0},
+    "DPO, β = 0.3": {"anchor_weight": 0, "beta": 0.3},
+    "DPO + NLL": {"anchor_loss": "nll", "anchor_weight": 1, "anchor_reduction": "mean", "on": "chosen"},
+    "DPOP": {"anchor_loss": "hinge", "anchor_weight": 5, "anchor_placement": "margin", "on": "chosen"},
+    "BAPO hinge 0.03": {"anchor_loss": "hinge", "anchor_weight": 0.03},
+    "BAPO hinge 0.1": {"anchor_loss": "hinge", "anchor_weight": 0.1},
+    "BAPO hinge 0.3": {"anchor_loss": "hinge", "anchor_weight": 0.3},
+    "BAPO absolute 0.1": {"anchor_loss": "absolute", "anchor_weight": 0.1},
+    "BAPO squared 0.01": {"anchor_loss": "squared", "anchor_weight": 0.01},
+    "BAPO nll 0.1": {"anchor_loss": "nll", "anchor_weight": 0.1},
+}  # fmt: skip
+DEFAULT = "BAPO hinge 0.1"
+
+
+class Bench:
+    """The model, and what is measured with it; rows are token ids, as the trainer takes them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.tokenizer.chat_template = TEMPLATE
+        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        self.pad = self.tokenizer.pad_token_id
+        self.forward = ResponseForward(log=lambda text: None)
+        self.unrelated = self.answers(unrelated_prompts()[: args.unrelated], "Unrelated prompts")
+        self._reference_logits: dict[int, torch.Tensor] = {}
+
+    def answers(self, prompts: Sequence[str], name: str) -> list[FormerAnswer]:
+        with tqdm(total=len(prompts), desc=f"Former answers: {name}", unit="prompt") as bar:
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            return former_answers(
+                self.model, self.tokenizer, chats, self.args.base_tokens, on_answers=bar.update
+            )
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        chat = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text)["input_ids"]
+
+    def response_ids(self, text: str, ended: bool = True) -> list[int]:
+        return self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] * ended
+
+    def rows(self, found: Sequence[Pair], base: Sequence[FormerAnswer] | None) -> list[dict]:
+        """Rows with log π_ref; without `base`, one token stands for the base response."""
+        ended = not self.args.words
+        rows = [
+            {
+                "prompt_ids": self.prompt_ids(pair.prompt),
+                "chosen_ids": self.response_ids(pair.chosen, ended),
+                "rejected_ids": self.response_ids(pair.rejected, ended),
+                "base_ids": list(base[i].answer_ids) if base else [self.tokenizer.eos_token_id],
+            }
+            for i, pair in enumerate(found)
+        ]
+        return [
+            row | {COLUMN: logps}
+            for row, logps in zip(rows, self.score(self.model, rows).tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def score(self, model, rows: list[dict]) -> torch.Tensor:
+        """Log-probs of each row's three responses, nats, [n, 3]; the prompt is computed once."""
+        install(model)
+        model.eval()
+        collator, found = SharedPrefixCollator(pad_token_id=self.pad), torch.empty(len(rows), 3)
+        # packs take rows in an order of their own
+        for part in split_by_tokens([row | {"index": i} for i, row in enumerate(rows)], 2048):
+            logps = self.forward(model, model, collator.pack(part)).logps
+            found[[row["index"] for row in part]] = logps.view(3, len(part)).T
+        return found
+
+    def questions(self, model, questions: Sequence[Question]) -> list[bool]:
+        """Whether the right choice is the likeliest, by log-prob per byte."""
+        rows, owners = [], []
+        for i, question in enumerate(questions):
+            # without an end of turn, which weighs most on short choices
+            choices = [self.response_ids(choice, ended=False) for choice in question.choices]
+            for start in range(0, len(choices), 3):
+                three = choices[start : start + 3]
+                three += [[self.tokenizer.eos_token_id]] * (3 - len(three))
+                names = ("chosen_ids", "rejected_ids", "base_ids")
+                rows.append(
+                    {"prompt_ids": self.prompt_ids(question.prompt)}
+                    | dict(zip(names, three, strict=True))
+                )
+                owners.append((i, start))
+        best: list[list[float]] = [[-math.inf] * len(q.choices) for q in questions]
+        for (i, start), logps in zip(owners, self.score(model, rows).tolist(), strict=True):
+            for k in range(start, min(start + 3, len(questions[i].choices))):
+                best[i][k] = logps[k - start] / len(questions[i].choices[k].encode())
+        return [scores[0] > max(scores[1:]) for scores in best]
+
+    def retention(self, model):
+        """Against the model without adapter, whose logits are kept from the first time on."""
+
+        def reference(batch):
+            key = int(batch["input_ids"].sum())
+            if key not in self._reference_logits:
+                with reference_mode(model):
+                    self._reference_logits[key] = response_logits(model, batch)
+            return self._reference_logits[key]
+
+        model.eval()
+        return measure(
+            self.unrelated,
+            reference,
+            {"policy": lambda batch: response_logits(model, batch)},
+            pad_token_id=self.pad,
+            vocab_size=model.config.vocab_size,
+            device=model.device,
+        )["policy"]
+
+
+class Curve(TrainerCallback):
+    """Measures accuracy, margin and drift at some steps."""
+
+    def __init__(self, bench: Bench, held_out: list[dict], every: int):
+        self.bench, self.held_out, self.every = bench, held_out, every
+        self.points = [{"step": 0, "accuracy": 0.5, "margin": 0.0, "drift": 0.0}]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        reference = torch.tensor([row[COLUMN] for row in self.held_out])
+        drift = self.bench.score(model, self.held_out) - reference
+        margins = (drift[:, 0] - drift[:, 1]).double()
+        self.retention = self.bench.retention(model)
+        model.train()
+        self.points.append(
+            {
+                "step": state.global_step,
+                "accuracy": float((margins > 0).double().mean()),
+                "margin": float(margins.mean()),
+                "drift": float(self.retention.drift.mean()),
+            }
+        )
+
+
+def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[dict]) -> dict:
+    """Train one adapter; what it learned and what it forgot."""
+    args = bench.args
+    settings = dict(METHODS[method])
+    beta, on = settings.pop("beta", BETA), settings.pop("on", "base")
+    if on == "chosen":
+        train = [
+            row | {"base_ids": row["chosen_ids"], COLUMN: [*row[COLUMN][:2], row[COLUMN][0]]}
+            for row in train
+        ]
+    train = random.Random(seed).sample(train, len(train))
+    curve = Curve(bench, held_out, args.eval_steps)
+    layers = bench.model.config.num_hidden_layers
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = BAPOTrainer(
+            bench.model,
+            args=AxolotlDPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=args.batch_size,
+                max_steps=args.steps,
+                learning_rate=args.lr,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=2,
+                beta=beta,
+                seed=seed,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                remove_unused_columns=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(train),
+            processing_class=bench.tokenizer,
+            peft_config=LoraConfig(
+                r=16,
+                lora_alpha=32,
+                target_modules=LINEAR,
+                # the upper half: gradients need not go further down, which is a third of the time
+                layers_to_transform=list(range(layers // 2, layers)),
+                task_type="CAUSAL_LM",
+            ),
+            bapo=BAPOConfig(shared_prefix="require", **settings),
+        )
+        trainer.add_callback(curve)
+        trainer.pop_callback(type(trainer.record))
+        trainer.train()
+    model = trainer.model
+    training = [entry for entry in trainer.state.log_history if "drift/base" in entry]
+    if any(abs(training[0][f"drift/{name}"]) > 1e-2 for name in ("chosen", "rejected", "base")):
+        raise RuntimeError(f"the reference is not the model before training: {training[0]}")
+    found = {
+        "method": method,
+        "anchor_loss": settings.get("anchor_loss", "hinge") if method.startswith("BAPO") else None,
+        "anchor_weight": settings["anchor_weight"] if method.startswith("BAPO") else 0,
+        "seed": seed,
+        "preference_accuracy": curve.points[-1]["accuracy"],
+        "margin": curve.points[-1]["margin"],
+        **{
+            {"drift": "drift_nats"}.get(name, name): part["value"]
+            for name, part in curve.retention.summary().items()
+        },
+        "drift_se_over_prompts": curve.retention.summary()["drift"]["se"],
+        "curve": curve.points,
+        "training": [
+            {k: entry[k] for k in ("step", "drift/chosen", "drift/rejected", "drift/base")}
+            for entry in training
+        ],
+    }
+    return found | {"_model": model}
+
+
+def at_level(points: list[dict], key: str, level: float) -> float | None:
+    """The drift where the curve first reaches the level, linear between points; None where it doesn't."""
+    for before, after in pairwise(points):
+        if after[key] >= level:
+            rise = after[key] - before[key]
+            share = (level - before[key]) / rise if rise > 0 else 1.0
+            share = min(1.0, max(0.0, share))
+            return before["drift"] + share * (after["drift"] - before["drift"])
+    return None
+
+
+def add_matched(rows: list[dict]) -> None:
+    """For each run, its drift and DPO's (same persona, same seed) at the level that both reach."""
+    for row in rows:
+        dpo = next(
+            (
+                r
+                for r in rows
+                if r["method"] == "DPO" and all(r[k] == row[k] for k in ("persona", "seed"))
+            ),
+            None,
+        )
+        row["matched"] = {}
+        for key in ("accuracy", "margin") if dpo else ():
+            level = min(max(p[key] for p in r["curve"]) for r in (row, dpo))
+            own, other = (at_level(r["curve"], key, level) for r in (row, dpo))
+            row["matched"][key] = {"level": level, "drift": own, "dpo_drift": other}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=str(ROOT / ".models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--data", type=Path, help="folder with dsp.jsonl and mmlu.jsonl")
+    parser.add_argument("--quick", action="store_true", help="one persona, DPO and BAPO only")
+    parser.add_argument("--personas", nargs="+", help="the first gets all methods")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="of the first persona")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--eval-steps", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--pairs", type=int, default=40, help="in training")
+    parser.add_argument("--held-out", type=int, default=16, help="pairs")
+    parser.add_argument("--unrelated", type=int, default=24, help="prompts")
+    parser.add_argument("--base-tokens", type=int, default=24, help="most of a former answer")
+    parser.add_argument("--mmlu", type=int, default=40, help="questions")
+    parser.add_argument("--json", type=Path, help="write the results here; runs in it are kept")
+    parser.add_argument("--plot", help="write FILE-pareto.png and FILE-figure5.png")
+    args = parser.parse_args()
+    if args.steps % args.eval_steps:
+        parser.error("--steps must be a multiple of --eval-steps")
+    # DSP's answers are long: cut, and so without an end of turn
+    args.words_of = {"entertainment": 24, "business": 24}
+    has_dsp = args.data is not None and (args.data / "dsp.jsonl").is_file()
+    personas = args.personas or (
+        ["child"]
+        if args.quick
+        else ["entertainment", "child", "unfriendly"]
+        if has_dsp
+        else ["unfriendly", "child", "concise"]
+    )
+    methods = args.methods or (["DPO", DEFAULT] if args.quick else list(METHODS))
+    disable_progress_bars()
+    logging.set_verbosity_error()
+
+    rows = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []
+    started = time.monotonic()
+    tasks = plan(personas, methods, args.seeds)
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            *("steps", "eval_steps", "batch_size", "lr", "pairs", "held_out", "unrelated"),
+            *("base_tokens", "mmlu"),
+        )
+    } | {"has_mmlu": args.data is not None and (args.data / "mmlu.jsonl").is_file()}
+    rows = [row for row in rows if row["settings"] == settings]
+    done = {(row["persona"], row["method"], row["seed"]) for row in rows}
+    todo = [task for task in tasks if task not in done]
+    if todo:
+        bench = Bench(args)
+        # the same questions before and after; the slow sets for the main two methods only, once
+        easy, slow = {"easy": easy_questions()}, {"probe": probe()}
+        if found := mmlu(args.data, args.mmlu):
+            slow["mmlu"] = found
+        before = {
+            name: bench.questions(bench.model, questions)
+            for name, questions in (easy | slow).items()
+        }
+        data: dict[str, tuple[list[dict], list[dict]]] = {}
+        with tqdm(todo, desc="Runs", unit="run") as bar:
+            for persona, method, seed in bar:
+                bar.set_postfix_str(f"{persona}, {method}, seed {seed}")
+                if persona not in data:
+                    args.words = args.words_of.get(persona, 0)
+                    data[persona] = prepare(bench, persona)
+                row = {"persona": persona} | run(bench, method, seed, *data[persona])
+                model = row.pop("_model")
+                full = persona == personas[0] and method in ("DPO", DEFAULT) and seed == 0
+                sets = easy | slow if full else easy
+                for name, questions in sets.items():
+                    after = bench.questions(model, questions)
+                    key = "knowledge" if name == "easy" else name
+                    row[f"{key}_before"] = sum(before[name]) / len(before[name])
+                    row[f"{key}_after"] = sum(after) / len(after)
+                    row[f"{key}_difference_se"] = paired(before[name], after)["se"]
+                    row[f"{key}_questions"] = len(questions)
+                uninstall(model)
+                bench.model = model.unload()
+                row |= {"settings": settings, "versions": versions()}
+                rows.append(row)
+                write_json(args.json, rows)
+    rows = [row for task in tasks for row in rows if (row["persona"], row["method"], row["seed"]) == task]  # fmt: skip
+    add_matched(rows)
+    write_json(args.json, rows)
+    print(table(rows, personas[0]))
+    print(verdict(rows, personas[0]))
+    print(f"{len(todo)} runs trained in {time.monotonic() - started:.0f} s")
+    if args.plot:
+        plot(rows, personas, args.plot)
+
+
+def plan(personas: list[str], methods: list[str], seeds: int) -> list[tuple[str, str, int]]:
+    """(persona, method, seed): all methods on the first persona, the main two on the others, with a seed less
+    for each further persona."""
+    tasks = [(personas[0], method, seed) for seed in range(seeds) for method in methods]
+    for i, persona in enumerate(personas[1:], start=1):
+        for seed in range(max(1, seeds - i)):
+            tasks += [(persona, m, seed) for m in ("DPO", DEFAULT) if m in methods]
+    return tasks
+
+
+def prepare(bench: Bench, persona: str) -> tuple[list[dict], list[dict]]:
+    """Rows for training, with base responses of the model, and held-out pairs."""
+    args = bench.args
+    found = pairs(persona, args.data, args.pairs + args.held_out, args.words)
+    train, held_out = found[: args.pairs], found[args.pairs :]
+    base = bench.answers([pair.prompt for pair in train], persona)
+    return bench.rows(train, base), bench.rows(held_out, None)
+
+
+def paired(before: list[bool], after: list[bool]) -> dict[str, float]:
+    """Difference of two accuracies on the same questions, with its standard error."""
+    return mean_and_error([float(a) - float(b) for b, a in zip(before, after, strict=True)])
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "peft", "axolotl")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {name: version(name) for name in names} | {"machine": machine}
+
+
+def write_json(path: Path | None, rows: list[dict]) -> None:
+    if path is not None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False), "utf-8")
+        os.replace(partial, path)
+
+
+# ---------------------------------------------------------------- results
+
+
+def over_seeds(rows: list[dict], key) -> str:
+    """Mean and, in brackets, lowest to highest over seeds."""
+    values = [v for row in rows if (v := key(row)) is not None]
+    if not values:
+        return "–"
+    mean = statistics.mean(values)
+    digits = 2 if all(abs(v) <= 1 for v in values) else 1
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} … {max(values):.{digits}f})"
+
+
+def table(rows: list[dict], first: str) -> str:
+    """Markdown, one line a persona and method; mean and range over seeds."""
+    head = (
+        "persona", "method", "held-out accuracy", "margin, nats", "drift, nats", "drift at DPO's accuracy",
+        "DPO's there", "drift at DPO's margin", "DPO's there", "agreement", "KL", "easy questions, before → after",
+        "MMLU, before → after", "probe, before → after",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["persona"], row["method"]), []).append(row)
+    for (persona, method), group in groups.items():
+        cells = [persona, method]
+        for name in ("preference_accuracy", "margin", "drift_nats"):
+            cells.append(over_seeds(group, lambda row, name=name: row[name]))
+        for key in ("accuracy", "margin"):
+            for name in ("drift", "dpo_drift"):
+                cells.append(
+                    over_seeds(group, lambda r, k=key, n=name: r["matched"].get(k, {}).get(n))
+                )
+        for name in ("agreement", "kl"):
+            cells.append(over_seeds(group, lambda row, name=name: row[name]))
+        for name in ("knowledge", "mmlu", "probe"):
+            cells.append(before_after([row for row in group if f"{name}_after" in row], name))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def before_after(group: list[dict], name: str) -> str:
+    if not group:
+        return "–"
+    before = group[0][f"{name}_before"]
+    after = statistics.mean(row[f"{name}_after"] for row in group)
+    # of one run's difference on the same questions; seeds share the questions
+    error = statistics.mean(row[f"{name}_difference_se"] for row in group)
+    return f"{before:.1%} → {after:.1%} ± {error:.1%}"
+
+
+def kept(row: dict, key: str) -> float | None:
+    """Share of DPO's loss that is kept at the matched level: 1 where the drift is 0 or above."""
+    matched = row["matched"].get(key, {})
+    own, dpo = matched.get("drift"), matched.get("dpo_drift")
+    if own is None or dpo is None or dpo >= 0:
+        return None
+    return 1 - min(0.0, own) / dpo
+
+
+def verdict(rows: list[dict], first: str) -> str:
+    """What the numbers say, whichever way."""
+    lines = []
+    for key in ("accuracy", "margin"):
+        shares = [
+            s for row in rows if row["method"] == DEFAULT and (s := kept(row, key)) is not None
+        ]
+        total = sum(row["method"] == DEFAULT for row in rows)
+        if shares:
+            lines.append(
+                f"At matched {key}, {DEFAULT} keeps a median of {statistics.median(shares):.0%} of what DPO loses on "
+                f"unrelated prompts (lowest {min(shares):.0%}; {len(shares)} of {total} runs: in the others DPO lost "
+                "nothing there)"
+            )
+        elif total:
+            lines.append(f"At matched {key}, DPO lost nothing in any run")
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["persona"] == first and row["method"].startswith("BAPO"):
+            groups.setdefault(row["method"], []).append(row)
+    near = {
+        method: statistics.mean(row["margin"] for row in group)
+        for method, group in groups.items()
+        if abs(statistics.mean(row["drift_nats"] for row in group)) <= 2
+    }
+    if near:
+        best = max(near, key=near.get)
+        lines.append(
+            f"Fastest learning with a mean drift within 2 nats of zero ({first}): {best}, margin {near[best]:.1f} nats; "
+            f"the default ({DEFAULT}): "
+            + (f"{near[DEFAULT]:.1f}" if DEFAULT in near else "not within")
+        )
+    elif groups:
+        lines.append(f"No form of BAPO stays within 2 nats of zero on {first}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], personas: list[str], stem: str) -> None:
+    """Retention against preference, and the paper's Figure 5 for DPO and BAPO side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    dpo_color, bapo_color, grey = "#b3502b", "#1f6f8b", "#8a8a8a"
+
+    def style(method: str) -> tuple[str, str, int]:
+        if method == "DPO":
+            return dpo_color, "o", 3
+        if method == DEFAULT:
+            return bapo_color, "o", 3
+        color = bapo_color if method.startswith("BAPO") else dpo_color
+        marks = dict(
+            zip([m for m in METHODS if m not in ("DPO", DEFAULT)], "sv^DPX<>", strict=True)
+        )
+        return color, marks[method], 2
+
+    first = personas[0]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    for method in METHODS:
+        group = [r for r in rows if r["persona"] == first and r["method"] == method]
+        if not group:
+            continue
+        color, mark, order = style(method)
+        x = [r["preference_accuracy"] for r in group]
+        y = [r["drift_nats"] for r in group]
+        mean = statistics.mean
+        left.errorbar(
+            mean(x), mean(y), color=color, marker=mark, ms=8 if order == 3 else 6, capsize=2, lw=1,
+            xerr=[[mean(x) - min(x)], [max(x) - mean(x)]], yerr=[[mean(y) - min(y)], [max(y) - mean(y)]],
+            ls="", label=method, zorder=order, mfc=color if order == 3 else "white",
+        )  # fmt: skip
+    left.set(xlabel="held-out preference accuracy", title=f"All methods, persona “{first}”")
+    left.set_ylabel("drift of former answers to\nunrelated prompts, nats an answer")
+    left.legend(frameon=False, fontsize=8)
+    dashes = dict(zip(personas, ("-", "--", ":", "-."), strict=False))
+    for persona in personas:
+        for method in ("DPO", DEFAULT):
+            group = [r for r in rows if r["persona"] == persona and r["method"] == method]
+            for i, row in enumerate(group):
+                label = f"{method}, {persona}" if i == 0 else None
+                right.plot(
+                    [p["margin"] for p in row["curve"]], [p["drift"] for p in row["curve"]],
+                    color=style(method)[0], ls=dashes[persona], marker=".", lw=1.3, label=label, alpha=0.85,
+                )  # fmt: skip
+    right.set(
+        xlabel="held-out margin Δ chosen − Δ rejected, nats", title="Along training, all seeds"
+    )
+    right.set_xscale("symlog", linthresh=1)
+    right.legend(frameon=False, fontsize=8)
+    for ax in (left, right):
+        ax.axhline(0, color=grey, lw=0.8)
+    fig.tight_layout()
+    fig.savefig(f"{stem}-pareto.png", dpi=150)
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, method in zip(axes, ("DPO", DEFAULT), strict=True):
+        row = next(r for r in rows if r["persona"] == first and r["method"] == method)
+        steps = [entry["step"] for entry in row["training"]]
+        for name, color in (("chosen", "#2a7f4f"), ("base", bapo_color), ("rejected", dpo_color)):
+            values = [entry[f"drift/{name}"] for entry in row["training"]]
+            ax.plot(steps, values, color=color, marker=".", label=name)
+        ax.axhline(0, color=grey, lw=0.8)
+        ax.set(title=method, xlabel="step")
+    axes[0].set_ylabel("log π − log π_ref of training\nresponses, nats")
+    axes[0].legend(frameon=False)
+    fig.suptitle(f"Drift of the three responses (the paper’s Figure 5), persona “{first}”, seed 0")
+    fig.tight_layout()
+    fig.savefig(f"{stem}-figure5.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

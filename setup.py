@@ -22,9 +22,14 @@ setup(
         *find_packages(include=["bapo_plugin", "bapo_plugin.*"]),
         *find_packages("kernels"),
     ],
+    package_data={
+        "bapo_plugin.report": ["template.html"],
+        "bapo_plugin": ["tasks/*.yaml", "tasks/*.py"],
+    },
     package_dir={"bapo_kernels": "kernels/bapo_kernels"},
     # torch and triton come with axolotl, which pins what it was tested with
-    install_requires=["axolotl>=0.19.0,<0.22"],
+    # matplotlib: figures of `bapo report`
+    install_requires=["axolotl>=0.19.0,<0.22", "matplotlib>=3.8"],
     # gguf: to read the demo's model
     extras_require={"test": ["pytest>=8", "ruff==0.17.6", "gguf>=0.10"]},
     entry_points={

@@ -1,6 +1,8 @@
 """The `bapo` command.
 
     bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain]
+    bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] ...
+    bapo report RUN ... [--output report.html]
 
 Also as `python -m bapo_plugin`, which accelerate can launch on several GPUs.
 """
@@ -68,6 +70,101 @@ def anchors(
     except KeyboardInterrupt:
         typer.echo("Interrupted. What was made is kept; the same command goes on.", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            help="YAML of a run (its adapter is that in output_dir), and folders of adapters of the same base "
+            "model, which get a column each."
+        ),
+    ],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            "-p",
+            help="Prompts to ask before and after: a file (.txt, one a line; .jsonl with `prompt`), or a number of "
+            "held-out rows of the YAML, whose base responses are taken. Default: all held-out rows.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Tasks of lm-eval, by name or as YAML files; several with commas or by repeating. `paper`: ScienceQA, "
+            "MMLU humanities and HHH alignment, which ask the hub for their questions.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many questions of each task.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer to a prompt.", min=1)
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(help="For tasks.", min=1)] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask tasks through the chat template.")
+    ] = False,
+    load_in_4bit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Without a YAML: quantise the model to NF4. Default: as the run recorded it, else not."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the results. Default: each adapter's own."),
+    ] = None,
+) -> None:
+    """What training has changed: the model's former answers and knowledge, before and after.
+
+    Loads the model once, quantised as in training; with its adapter off it is the one before. Prints a table and
+    writes bapo-eval.json and bapo-eval.md. No hub is asked, unless a task's or the YAML's own settings do.
+    """
+    from bapo_plugin.evaluation import evaluate
+
+    names = [name for text in tasks or () for name in text.split(",") if name]
+    try:
+        paths = evaluate(
+            targets,
+            prompts=prompts,
+            tasks=names,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat=chat,
+            load_in_4bit=load_in_4bit,
+            output=output,
+        )
+    except ValueError as error:
+        _fail(str(error))
+    for path in paths:
+        typer.echo(f"Wrote {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="output_dir of runs, of BAPO, DPO or other, finished or going on."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page; figures go beside it as PNG.")
+    ] = Path("report.html"),
+) -> None:
+    """Show what runs did: one self-contained page with drift, loss, rewards, retention and settings."""
+    from bapo_plugin.report import write_report
+
+    try:
+        paths = write_report(runs, output)
+    except ValueError as error:
+        _fail(str(error))
+    for path in paths:
+        typer.echo(f"Wrote {path}")
 
 
 def _fail(message: str) -> Any:

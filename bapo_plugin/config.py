@@ -169,6 +169,49 @@ class AnchorsConfig(BaseModel):
         return self
 
 
+class RetentionConfig(BaseModel):
+    """`bapo.retention`: measure forgetting while training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: int | str = Field(
+        json_schema_extra={
+            "description": "Prompts to watch. A number: so many held-out rows, with their base responses. A file: "
+            ".txt with a prompt on each line, or .jsonl with a column `prompt`; the reference model answers them "
+            "before training."
+        }
+    )
+    every: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra={
+            "description": "Measure after so many steps. Default: with each evaluation"
+        },
+    )
+    stop_below: float | None = Field(
+        default=None,
+        lt=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "Stop training when the mean drift of former answers (nats a response) is below this."
+        },
+    )
+    max_new_tokens: int = Field(
+        default=64,
+        ge=1,
+        json_schema_extra={"description": "With a file: most tokens of an answer."},
+    )
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _number_or_file(cls, value):
+        if isinstance(value, bool) or not isinstance(value, int | str) or value in (0, ""):
+            raise ValueError("must be a number of held-out rows, or a .txt or .jsonl file")
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
 class BAPOConfig(BaseModel):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
 
@@ -258,6 +301,12 @@ class BAPOConfig(BaseModel):
         default_factory=AnchorsConfig,
         json_schema_extra={"description": "How missing base responses are made: `AnchorsConfig`."},
     )
+    retention: RetentionConfig | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Log how well the model keeps its former answers during training: `RetentionConfig`."
+        },
+    )
     dataset_field_base: dict[str, list[str | None]] | None = Field(
         default=None,
         json_schema_extra={
@@ -325,7 +374,11 @@ def _explain(error: Any) -> str:
     return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
 
 
-_BLOCKS = {("anchors",): AnchorsConfig, ("anchors", "server"): AnchorServerConfig}
+_BLOCKS = {
+    ("anchors",): AnchorsConfig,
+    ("anchors", "server"): AnchorServerConfig,
+    ("retention",): RetentionConfig,
+}
 
 # ways to initialise LoRA that leave the weights below it as they are
 _INITS = ("gaussian", "eva", "orthogonal")

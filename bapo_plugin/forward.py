@@ -160,12 +160,7 @@ class ResponseForward:
     def _from_logits(
         self, model: nn.Module, head: nn.Module, batch: dict, kwargs: dict
     ) -> ForwardOutput:
-        forward = head.forward
-
-        def project(hidden: Tensor) -> Tensor:
-            return forward(_response_states(hidden, batch)).unsqueeze(0)  # [1, T, V]
-
-        outputs = _call_with_head(model, head, project, kwargs)
+        outputs = _call_with_response_head(model, head, batch, kwargs)
         logits = outputs.logits[0]
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -175,6 +170,30 @@ class ResponseForward:
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         sums = token_logps.new_zeros(len(lengths)).index_add(0, owner, token_logps)
         return ForwardOutput(sums, getattr(outputs, "aux_loss", None))
+
+
+def response_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own logits of response tokens, [T, V] fp32, as its head and what follows give them.
+
+    For measuring distributions (KL, agreement); log-probs alone come cheaper from `ResponseForward`.
+
+    Args:
+        model: unwrapped.
+        batch: input_ids, attention_mask, response_index; see `bapo_plugin.data.collator`.
+    """
+    kwargs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL} | {"use_cache": False}
+    head = model.get_output_embeddings()
+    return _call_with_response_head(model, head, batch, kwargs).logits[0].float()
+
+
+def _call_with_response_head(model: nn.Module, head: nn.Module, batch: dict, kwargs: dict) -> Any:
+    """The model's outputs, with logits [1, T, V] of response tokens only."""
+    forward = head.forward
+
+    def project(hidden: Tensor) -> Tensor:
+        return forward(_response_states(hidden, batch)).unsqueeze(0)
+
+    return _call_with_head(model, head, project, kwargs)
 
 
 def _call_with_head(

@@ -6,8 +6,10 @@ axolotl's own loading, saving, merging and inference apply unchanged. With any o
 plugin does nothing.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 
@@ -66,6 +68,11 @@ class BAPOPlugin(BasePlugin):
             "bapo_cache_dir": cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH,
         }
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Let the run's record hold the user's YAML."""
+        if is_active(cfg):
+            trainer.record.config = _as_written(cfg)
+
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Load, check, render and tokenise the rows (see `bapo_plugin.data`), before a model is loaded.
 
@@ -81,6 +88,18 @@ class BAPOPlugin(BasePlugin):
         from bapo_plugin.data.load import load_datasets
 
         return load_datasets(cfg)
+
+
+def _as_written(cfg: Any) -> dict:
+    """The keys of the user's YAML, with what the command line made of them."""
+    path = Path(cfg.get("axolotl_config_path") or "")
+    written = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else dict(cfg)
+    changed = {
+        key: cfg[key]
+        for key, value in written.items()
+        if isinstance(value, str | int | float) and cfg.get(key) is not None
+    }
+    return written | changed | {"rl": "bapo", "bapo": written.get("bapo") or {}}
 
 
 def _take_field_base(dataset: Any) -> str | None:

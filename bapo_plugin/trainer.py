@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from bapo_plugin.callbacks import RetentionCallback, RunRecord
 from bapo_plugin.compat import disable_gradient_checkpointing, keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, num_rows
@@ -78,6 +79,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         logps/chosen|rejected|base          log π_θ, nats a response
         drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
         anchor/active                       share of rows whose anchor is pulling
+        retention/*                         with `bapo.retention`, see `bapo_plugin.retention`
         tokens/s, sharing, packing          tokens computed a second; share of tokens that sharing the prompt
                                             saved; share of computed tokens that are not padding
     """
@@ -143,6 +145,35 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
         self._token_counts: Tensor | int = 0  # see `bapo_plugin.data.collator`
         self._since = time.perf_counter()
+        if self.bapo.retention is not None:
+            self.add_callback(RetentionCallback(self, self.bapo.retention))
+        self.record = RunRecord(self._settings(), self.model.config.name_or_path, self._num_rows())
+        self.add_callback(self.record)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has the whole model (FSDP, ZeRO-3)."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    def _settings(self) -> dict[str, Any]:
+        """For the record of a run without YAML."""
+        names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size")
+        names += ("gradient_accumulation_steps", "lr_scheduler_type", "optim", "seed")
+        return {
+            "rl": "bapo",
+            "rl_beta": self.beta,
+            "dpo_loss_type": self.loss_types,
+            **{name: getattr(self.args, name) for name in names},
+            "bapo": self.bapo.model_dump(exclude_none=True),
+        }
+
+    def _num_rows(self) -> dict[str, int]:
+        sets = {"train": self.train_dataset, "eval": self.eval_dataset}
+        return {
+            name: sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
+            for name, rows in sets.items()
+            if rows is not None
+        }
 
     def _refuse(self, args: Any) -> None:
         """Settings of TRL that would give another loss than the one documented here."""
@@ -257,7 +288,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return shared
 
     def _why_not_shared(self, padded: PaddedCollator, shared: SharedPrefixCollator) -> str | None:
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        if self.is_sharded:
             return "with FSDP or ZeRO-3 it can't be tried out before weights are sharded"
         if self.aux_loss_enabled:
             return "the router's auxiliary loss would count a prompt once instead of three times"
@@ -302,14 +333,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
     def _decide_precompute(self) -> bool:
         """Whether log π_ref is computed before training."""
         wanted = self.bapo.precompute_ref_log_probs
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if sharded and wanted:
+        if self.is_sharded and wanted:
             raise ValueError(
                 "precompute_ref_log_probs: true needs the whole model on each GPU, but FSDP or ZeRO-3 shards its "
                 "weights; remove the line"
             )
         if wanted is None:
-            wanted = is_peft_model(self.model) and not sharded
+            wanted = is_peft_model(self.model) and not self.is_sharded
         LOG.info(
             "log-probs of the reference are computed "
             + ("once, before training" if wanted else "in each step")

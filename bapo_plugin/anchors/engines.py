@@ -165,6 +165,15 @@ class TransformersEngine:
         for request, ids in zip(requests, new_ids, strict=True):
             yield request, self._answer(request, ids)
 
+    def token_ids(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Answers to one batch as the model made them: with the token that ends it, where there is one."""
+        found = []
+        for request, ids in zip(requests, self._generate(requests, lambda n: None), strict=True):
+            ids = ids[: request.limit]
+            end = next((i + 1 for i, token in enumerate(ids) if token in self._stop_ids), None)
+            found.append(ids[:end])
+        return found
+
     def _generate(
         self, requests: Sequence[Request], on_tokens: Callable[[int], None]
     ) -> list[list[int]]:
@@ -177,7 +186,7 @@ class TransformersEngine:
         processors = LogitsProcessorList()
         if self._anchors.temperature > 0:
             processors.append(_SeededSampling(self._anchors, requests, self.model.device))
-        with torch.inference_mode(), _autocast(self.model):
+        with torch.inference_mode(), autocast(self.model):
             out = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
@@ -266,7 +275,7 @@ class _Counted(StoppingCriteria):
 
 
 @contextmanager
-def _autocast(model: Any):
+def autocast(model: Any):
     """As in training: 16-bit weights with norms kept in fp32 need it."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     half = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
@@ -487,7 +496,7 @@ def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> float:
     ids = ids[:-1] or ids or [tokenizer.eos_token_id]
     prompt = list(request.prompt_ids)
     tokens = torch.tensor([prompt + ids], device=model.device)
-    with _autocast(model):
+    with autocast(model):
         logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
     logps = torch.log_softmax(logits, dim=-1)
     chosen = logps.gather(1, tokens[0, len(prompt) :, None])[:, 0]

@@ -4,6 +4,7 @@ In both, `token_counts` [3] has the tokens that are computed, those of them that
 those that three separate rows would have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,30 +46,41 @@ class PaddedCollator:
         cu_seqlens [3n + 1] int32; token_counts; reference_logps [3n] fp32 where the rows have them."""
         prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
         responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
-        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        if self.pad_to_multiple_of:
-            longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-
-        input_ids = torch.full((len(prompts), longest), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        index, cu_seqlens = [], [0]
+        batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         separate = sum(map(len, prompts)) + sum(map(len, responses))
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            end = len(prompt) + len(response)
-            input_ids[i, :end] = torch.tensor(prompt + response)
-            attention_mask[i, :end] = 1
-            # the hidden state one position earlier predicts the token
-            index.append(torch.arange(len(prompt) - 1, end - 1) + i * longest)
-            cu_seqlens.append(cu_seqlens[-1] + len(response))
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "response_index": torch.cat(index),
-            "response_labels": torch.tensor([t for response in responses for t in response]),
-            "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
-            "token_counts": torch.tensor([input_ids.numel(), separate, separate]),
-        }
+        counts = [batch["input_ids"].numel(), separate, separate]
+        batch["token_counts"] = torch.tensor(counts)
         return batch | _reference_logps(rows)
+
+
+def pad_sequences(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """S prompts, each with one response, as padded rows; see `PaddedCollator` for what is in them."""
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    if pad_to_multiple_of:
+        longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    index, cu_seqlens = [], [0]
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor([*prompt, *response])
+        attention_mask[i, :end] = 1
+        # the hidden state one position earlier predicts the token
+        index.append(torch.arange(len(prompt) - 1, end - 1) + i * longest)
+        cu_seqlens.append(cu_seqlens[-1] + len(response))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "response_index": torch.cat(index),
+        "response_labels": torch.tensor([t for response in responses for t in response]),
+        "cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32),
+    }
 
 
 @dataclass

@@ -147,3 +147,30 @@ def test_parquet_messages_and_partly_filled_columns(folder):
         (message,) = row["mine"]
         assert message["role"] == "assistant"
         assert (message["content"] == "I said this") == (i % 2 == 0)
+
+
+def test_bapo_eval_measures_the_held_out_rows(runs, folder):
+    """Its drift is the one that the last evaluation of the training logged."""
+    output = axolotl(folder, "eval", config(folder), "--max-new-tokens", 8, program="bapo")
+    assert MADE not in output and "drift of former answers" in output
+    found = json.loads((folder / "out/bapo-eval.json").read_text())
+    (state,) = (folder / "out").glob("checkpoint-*/trainer_state.json")
+    log = json.loads(state.read_text())["log_history"]
+    last = [entry for entry in log if "eval_drift/base" in entry][-1]
+    drift = found["retention"]["after"]["out"]["drift"]["value"]
+    assert drift == pytest.approx(last["eval_drift/base"], abs=1e-3) and abs(drift) > 1e-3
+    assert found["retention"]["prompts"] == 4 and len(found["samples"]) == 4
+
+
+def test_bapo_report_shows_how_runs_differ(runs, folder):
+    record = json.loads((folder / "again/bapo_run.json").read_text())["config"]
+    assert record["rl"] == "bapo" and record["learning_rate"] == 0.02
+    assert "trainer_cls" not in record and record["bapo"]["anchor_weight"] == 0.5
+    output = axolotl(
+        folder,
+        *("report", folder / "out", folder / "again", "-o", folder / "r.html"),
+        program="bapo",
+    )
+    assert f"Wrote {folder / 'r.html'}" in output and (folder / "r-drift.png").exists()
+    page = (folder / "r.html").read_text()
+    assert "learning_rate" in page and "0.02" in page

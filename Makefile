@@ -43,5 +43,9 @@ format: install
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
 
-bench: install
+bench: model
 	@$(RUN) python benchmarks/kernel.py
+	@$(RUN) python benchmarks/step.py --model "$(MODEL)"
+	@$(RUN) python benchmarks/anchors.py --model "$(MODEL)"
+	@$(RUN) python benchmarks/forgetting.py --model "$(MODEL)" --quick
+	@$(RUN) python benchmarks/proposition.py --quick

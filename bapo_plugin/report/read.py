@@ -231,10 +231,11 @@ def _add_configuration(run: Run, roots: list[Path]) -> None:
             run.model = str(content["model"]) if content.get("model") else None
             run.config_source = path.name
             return
-        config = _model_card_config(root / "README.md")
-        if config is not None:
-            run.config, run.config_source = config, "README.md"
-            return
+        for name, reader in (("README.md", _model_card_config), ("debug.log", _logged_config)):
+            config = reader(root / name)
+            if config is not None:
+                run.config, run.config_source = config, name
+                return
 
 
 def _model_card_config(path: Path) -> dict[str, Any] | None:
@@ -249,6 +250,23 @@ def _model_card_config(path: Path) -> dict[str, Any] | None:
     except yaml.YAMLError:
         return None
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else None
+
+
+def _logged_config(path: Path) -> dict[str, Any] | None:
+    """The complete configuration that axolotl logs at its start, as JSON."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(1_000_000)
+    except OSError:
+        return None
+    start = re.search(r"config:\n(?=\{)", text)
+    try:
+        config = json.JSONDecoder().raw_decode(text, start.end())[0] if start else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    return {k: v for k, v in config.items() if k not in ("capabilities", "env_capabilities")}
 
 
 def _add_drift(run: Run) -> None:

@@ -372,6 +372,24 @@ def test_configuration(tmp_path):
     assert read_runs([run])[0].config is None
 
 
+def test_configuration_out_of_the_log_of_a_dpo_run(tmp_path):
+    """TRL's model card has no YAML; axolotl logs the configuration as JSON, between other lines."""
+    run = make_state(tmp_path / "dpo", [{"step": 1, "loss": 0.7, "rewards/chosen": 0.4}])
+    config = {
+        "rl": "dpo",
+        "rl_beta": 0.2,
+        "capabilities": {"n_gpu": 1},
+        "datasets": [{"path": "a"}],
+    }
+    log = f"[INFO] config:\n{json.dumps(config, indent=2)}\n[INFO] more {{\n"
+    write(run / "debug.log", f"baseline\n{log}")
+    (found,) = read_runs([run])
+    assert found.config_source == "debug.log" and "capabilities" not in found.config
+    assert found.method == "dpo" and found.last("drift/chosen") == pytest.approx(2.0)
+    write(run / "debug.log", log[:60])  # cut
+    assert read_runs([run])[0].config is None
+
+
 def test_only_differing_keys_are_compared(tmp_path):
     runs = [
         make_run(tmp_path / "a", config={"x": 1, "bapo": {"anchor_weight": 0.1}, "l": [1, 2]}),

@@ -104,7 +104,8 @@ def compare(config: dict, output: Path) -> None:
         "A drift of 0 means: as likely as before training. Far below 0 on former answers is forgetting.\n"
         f"Learned to prefer `{persona}` to `{other}`. Other styles: edit field_chosen and field_rejected "
         f"in {CONFIG.relative_to(ROOT)}.\nThe adapter is in {output}; try it with: "
-        f"axolotl inference {CONFIG.relative_to(ROOT)} --lora-model-dir {output}"
+        f"axolotl inference {CONFIG.relative_to(ROOT)} --lora-model-dir {output}\n"
+        f"A page about the run: bapo report {output} -o outputs/report.html"
     )
 
 

@@ -218,13 +218,14 @@ class BAPOConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     anchor_weight: float = Field(
-        default=0.1,
+        default=0.03,
         ge=0,
         allow_inf_nan=False,
         json_schema_extra={
-            "description": "Weight λ of the anchor. The preference loss can gain at most β (rl_beta, default 0.1) "
-            "for each nat of log-probability, so an anchor with λ = β outweighs it on the base response as soon "
-            "as that response has lost likelihood, and costs nothing before. 0 gives DPO."
+            "description": "Weight λ of the anchor, in the unit of rl_beta. The default is 0.3 of the default β: the fastest "
+            "learning that keeps former answers within 2 nats (benchmarks/forgetting.py). With λ = β the anchor "
+            "outweighs the preference loss, which gains at most β for each nat, on any base response that has lost "
+            "likelihood: it holds closer and learns more slowly. 0 gives DPO."
         },
     )
     anchor_loss: AnchorLoss = Field(
@@ -352,7 +353,7 @@ def parse_block(block: Any) -> BAPOConfig:
         return block
     if block is not None and not isinstance(block, Mapping):
         raise ValueError(
-            f"bapo: must be a block of settings, got {block!r}. Write for example\nbapo:\n  anchor_weight: 0.1"
+            f"bapo: must be a block of settings, got {block!r}. Write for example\nbapo:\n  anchor_weight: 0.03"
         )
     try:
         return BAPOConfig.model_validate(dict(block or {}))

@@ -80,7 +80,7 @@ METHODS: dict[str, dict] = {
     "BAPO squared 0.01": {"anchor_loss": "squared", "anchor_weight": 0.01},
     "BAPO nll 0.1": {"anchor_loss": "nll", "anchor_weight": 0.1},
 }  # fmt: skip
-DEFAULT = "BAPO hinge 0.1"
+DEFAULT = "BAPO hinge 0.03"
 
 
 class Bench:

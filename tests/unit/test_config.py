@@ -14,7 +14,7 @@ GOOD = {
 
 def test_defaults():
     config = check_config(GOOD)
-    assert (config.anchor_weight, config.anchor_loss) == (0.1, "hinge")
+    assert (config.anchor_weight, config.anchor_loss) == (0.03, "hinge")
     assert (config.anchor_reduction, config.anchor_placement) == ("sum", "additive")
 
 

@@ -43,8 +43,8 @@ def test_runs_are_matched_with_dpo_of_the_same_persona_and_seed(forgetting):
     rows = [
         row("DPO", "a", 0, start, (6, 1.0, 20, -10)),
         row("DPO", "a", 1, start, (6, 1.0, 20, -99)),
-        row("BAPO hinge 0.1", "a", 0, start, (6, 0.75, 10, -1)),
-        row("BAPO hinge 0.1", "b", 0, start, (6, 0.75, 10, -1)),
+        row("BAPO hinge 0.03", "a", 0, start, (6, 0.75, 10, -1)),
+        row("BAPO hinge 0.03", "b", 0, start, (6, 0.75, 10, -1)),
     ]
     forgetting.add_matched(rows)
     matched = rows[2]["matched"]["margin"]

@@ -33,7 +33,7 @@ def test_register_turns_bapo_into_a_dpo_run_with_our_trainer():
         "test_datasets": ["held"],
     }
     assert "field_base" not in cfg.datasets[0] and "field_base" not in cfg.datasets[1]["type"]
-    assert BAPOPlugin().get_training_args(cfg)["bapo"]["anchor_weight"] == 0.1
+    assert BAPOPlugin().get_training_args(cfg)["bapo"]["anchor_weight"] == 0.03
 
 
 @pytest.mark.parametrize("rl", ["dpo", "kto", None])

@@ -51,6 +51,8 @@ def anchors(
 ) -> None:
     """Make the base responses that rows lack, with the reference model, and keep them.
 
+    CONFIG: the YAML of the training run.
+
     What was made before is reused; an interrupted run goes on. Nothing is sent anywhere, except to the
     server that `bapo.anchors.server` names.
     """
@@ -122,8 +124,12 @@ def evaluate(
 ) -> None:
     """What training has changed: the model's former answers and knowledge, before and after.
 
-    Loads the model once, quantised as in training; with its adapter off it is the one before. Prints a table and
-    writes bapo-eval.json and bapo-eval.md. No hub is asked, unless a task's or the YAML's own settings do.
+    TARGETS: the YAML of a run, whose adapter is the one in its output_dir, or folders of
+    adapters of one base model, which get a column each, or both.
+
+    Loads the model once, quantised as in training; with its adapter off it is the one before.
+    Prints a table and writes bapo-eval.json and bapo-eval.md. No hub is asked, unless a task
+    or the YAML itself does.
     """
     from bapo_plugin.evaluation import evaluate
 
@@ -156,7 +162,11 @@ def report(
         Path, typer.Option("--output", "-o", help="The page; figures go beside it as PNG.")
     ] = Path("report.html"),
 ) -> None:
-    """Show what runs did: one self-contained page with drift, loss, rewards, retention and settings."""
+    """Show what runs did: one self-contained page with drift, loss, rewards, retention and settings.
+
+    RUNS: the output_dir of each run, of BAPO, DPO or other, finished or going on. What `bapo
+    eval` has written there is shown too.
+    """
     from bapo_plugin.report import write_report
 
     try:

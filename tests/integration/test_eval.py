@@ -85,8 +85,10 @@ def test_columns_for_several_adapters(found, folder):
     assert retention["prompts"] == 3
     drifts = [retention["after"][name]["drift"]["value"] for name in ("first", "second")]
     assert drifts[0] != drifts[1] and min(map(abs, drifts)) > 1e-2
-    assert "drift of former answers" in output and "little_quiz, acc" in output
+    # the table's lines may be broken, by the width of the terminal
+    assert "difference" in output and f"Wrote {folder / 'results/bapo-eval.json'}" in output
     text = (folder / "results/bapo-eval.md").read_text()
+    assert "| drift of former answers, nats an answer |" in text and "| little_quiz, acc |" in text
     assert f"{drifts[1]:.3f}" in text and "| what | before | first | difference |" in text
     sample = results["samples"][0]
     assert sample["prompt"] == "tell me about the sea" and set(sample["after"]) == {

@@ -65,7 +65,9 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    return CliRunner().invoke(app, ["eval", *map(str, args)], env={"COLUMNS": "200"})
+    # the command sets the level for its process: here it must not outlive the call
+    env = {"AXOLOTL_LOG_LEVEL": "WARNING", "AXOLOTL_DO_NOT_TRACK": "1"}
+    return CliRunner().invoke(app, ["eval", *map(str, args)], env=env)
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ class RunRecord(TrainerCallback):
                 | {name: version(name) for name in names},
             }
             text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-            _write_whole(Path(args.output_dir) / RECORD, text)
+            write_whole(Path(args.output_dir) / RECORD, text)
 
     def on_log(self, args, state, control, **kwargs):
         if time.monotonic() - self._written > self.EVERY:
@@ -224,7 +224,8 @@ class RunRecord(TrainerCallback):
         self._written = time.monotonic()
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, "utf-8")

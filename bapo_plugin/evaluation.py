@@ -6,7 +6,6 @@ The model is loaded once, quantised as in training; its adapter switched off is 
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from bapo_plugin import __version__
 from bapo_plugin.anchors.engines import autocast, load_reference
-from bapo_plugin.callbacks import RECORD
+from bapo_plugin.callbacks import RECORD, write_whole
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import is_active
 from bapo_plugin.data.load import prepare_rows, reference_adapter
@@ -543,7 +542,6 @@ def _markdown(found: dict[str, Any]) -> str:
 
 
 def _write(found: dict[str, Any], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         ".json": json.dumps(found, indent=1, ensure_ascii=False),
         ".md": _markdown(found),
@@ -551,8 +549,6 @@ def _write(found: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for suffix, text in texts.items():
         path = folder / f"{RESULT}{suffix}"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
         paths.append(path)
     return paths

@@ -397,7 +397,7 @@ def main() -> None:
     rows = [row for task in tasks for row in rows if (row["persona"], row["method"], row["seed"]) == task]  # fmt: skip
     add_matched(rows)
     write_json(args.json, rows)
-    print(table(rows, personas[0]))
+    print(table(rows))
     print(verdict(rows, personas[0]))
     print(f"{len(todo)} runs trained in {time.monotonic() - started:.0f} s")
     if args.plot:
@@ -456,7 +456,7 @@ def over_seeds(rows: list[dict], key) -> str:
     return f"{mean:.{digits}f} ({min(values):.{digits}f} … {max(values):.{digits}f})"
 
 
-def table(rows: list[dict], first: str) -> str:
+def table(rows: list[dict]) -> str:
     """Markdown, one line a persona and method; mean and range over seeds."""
     head = (
         "persona", "method", "held-out accuracy", "margin, nats", "drift, nats", "drift at DPO's accuracy",

@@ -27,6 +27,8 @@ _MAX_ROWS = 2048
 _MIN_COLUMNS = 256
 # Enough of the vocabulary at a time; more would only take memory where there are few rows.
 _MAX_COLUMNS = 4096
+# A GEMM into rows that aren't a multiple of 16 columns long takes 1.4 times as long on a CPU.
+_COLUMN_MULTIPLE = 64
 # Bytes of one tile of logits with its temporaries. On a CPU smaller tiles stay in the cache (3 MiB
 # was up to 10% faster on an idle machine), but every operation on a tile ends at a thread barrier:
 # with the cores shared they made it 2 to 10 times slower. On a GPU a tile has to fill the device.
@@ -56,6 +58,19 @@ def mm_wide(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=buffer[: rows * columns].view(rows, columns))
 
 
+def has_fast_bf16_gemm(tensor: Tensor) -> bool:
+    """Whether this CPU multiplies bf16 by itself (AVX512-BF16, AMX, Arm's BF16), at twice fp32's rate.
+
+    Its results come back in bf16, so logits can't be made this way; a gradient, which is rounded
+    to bf16 in the end, can.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def tile_buffer(rows: list[slice], columns: list[slice], like: Tensor) -> Tensor | None:
     """Memory that every tile reuses: fresh pages for each would cost a CPU more than its exp."""
     if not rows or has_mixed_gemm(like):
@@ -73,20 +88,20 @@ def even_blocks(total: int, largest: int, multiple: int = 1) -> list[slice]:
 
 
 def tile_plan(
-    hidden: Tensor, weight: Tensor, tile_bytes: int, buffers: int
+    hidden: Tensor, weight: Tensor, tile_bytes: int, buffers: float
 ) -> tuple[list[slice], list[slice]]:
-    """Row blocks and vocabulary slices whose temporaries fit `tile_bytes`."""
+    """Row blocks and vocabulary slices whose temporaries, `buffers` tiles of logits, fit `tile_bytes`."""
     widest = weight.shape[0]
     if tile_bytes <= 0:
         widest = _MAX_COLUMNS if hidden.device.type == "cpu" else widest
         tile_bytes = _DEFAULT_TILE_BYTES.get(hidden.device.type, _DEFAULT_TILE_BYTES_ACCELERATOR)
     rows = even_blocks(hidden.shape[0], _MAX_ROWS)
     width = compute_dtype(hidden.dtype).itemsize
-    per_column = width * buffers * (rows[0].stop if rows else 1)
+    per_column = math.ceil(width * buffers) * (rows[0].stop if rows else 1)
     if not has_mixed_gemm(weight) and weight.dtype.itemsize < width:
         per_column += width * weight.shape[1]  # the widened slice of W
-    columns = max(_MIN_COLUMNS, tile_bytes // per_column // 64 * 64)
-    return rows, even_blocks(weight.shape[0], min(columns, widest))
+    columns = max(_MIN_COLUMNS, tile_bytes // per_column // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE)
+    return rows, even_blocks(weight.shape[0], min(columns, widest), _COLUMN_MULTIPLE)
 
 
 def logits_tile(
@@ -145,9 +160,11 @@ def forward(
     unit = hidden.new_empty(total if need_unit else 0, width)
     bias = None if bias is None else bias.to(dtype)
 
-    buffers = 1 + (softcap is not None) + need_entropy
+    fast_bf16 = need_unit and has_fast_bf16_gemm(weight)
+    buffers = 1 + (softcap is not None) + need_entropy + 0.5 * fast_bf16
     rows, columns = tile_plan(hidden, weight, tile_bytes, buffers)
     buffer = tile_buffer(rows, columns, weight)
+    low_buffer = weight.new_empty(buffer.shape) if fast_bf16 and rows else None
     for block in rows:
         h, y = operand(hidden[block]), labels[block]
         w_y = weight.index_select(0, y).to(dtype)
@@ -178,6 +195,8 @@ def forward(
                 e = e if slope is None else e.mul_(slope)
                 if has_mixed_gemm(w):
                     mean_w += mm_wide(e, w)
+                elif low_buffer is not None:
+                    mean_w += torch.mm(low_buffer[: e.numel()].view_as(e).copy_(e), weight[piece])
                 else:
                     mean_w.addmm_(e, w)
             del w, z, e, slope  # before the next tile is made, not after

@@ -6,7 +6,7 @@ from kernel_cases import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bapo_kernels import chunked, sequence_logprobs
+from bapo_kernels import chunked, sequence_logprobs, torch_tiles
 
 
 class LargestTensor(TorchDispatchMode):
@@ -110,3 +110,13 @@ def test_peak_is_flat_in_vocabulary_and_within_budget(dtype):
     assert large < 1.05 * small
     assert large < budget + 8 * tokens * width * 4
     assert large < 0.1 * tokens * 32768 * 4  # a tenth of the fp32 logits alone
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 128_256, 151_936, 32_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_have_a_width_that_gemms_are_fast_at(vocabulary, dtype):
+    hidden, weight = torch.empty(1536, 64, dtype=dtype), torch.empty(vocabulary, 64, dtype=dtype)
+    _, columns = torch_tiles.tile_plan(hidden, weight, 0, 1)
+    widths = [piece.stop - piece.start for piece in columns]
+    assert sum(widths) == vocabulary and len(widths) > 1
+    assert all(width % 64 == 0 for width in widths[:-1])

@@ -131,7 +131,7 @@ def evaluate(
     Prints a table and writes bapo-eval.json and bapo-eval.md. No hub is asked, unless a task
     or the YAML itself does.
     """
-    from bapo_plugin.evaluation import evaluate
+    from bapo_plugin.evaluation.run import evaluate
 
     names = [name for text in tasks or () for name in text.split(",") if name]
     try:

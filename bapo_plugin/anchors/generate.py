@@ -25,11 +25,11 @@ from bapo_plugin.anchors.engines import (
     Answer,
     Engine,
     Request,
-    ServerEngine,
     TransformersEngine,
     load_reference,
 )
 from bapo_plugin.anchors.provenance import differences, fingerprint, provenance
+from bapo_plugin.anchors.server import ServerEngine
 from bapo_plugin.config import AnchorsConfig, BAPOConfig, parse_block
 from bapo_plugin.data.formats import GENERATED, GENERATED_CUT, BaseRenderer, RowError, Source
 from bapo_plugin.data.rows import encode, report_rows

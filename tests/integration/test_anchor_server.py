@@ -15,9 +15,9 @@ import torch
 from helpers import BIN, anchor_sources, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
-from bapo_plugin.anchors import engines
-from bapo_plugin.anchors.engines import ServerError
+from bapo_plugin.anchors.engines import Request
 from bapo_plugin.anchors.generate import add_anchors
+from bapo_plugin.anchors.server import ServerEngine, ServerError
 from bapo_plugin.data.formats import GENERATED, GENERATED_CUT
 
 ROWS = 12
@@ -222,12 +222,12 @@ def test_the_key_comes_from_the_environment(folder, monkeypatch):
 
 def test_a_template_that_writes_bos_is_not_doubled(chatml):
     tokenizer = make_tokenizer("llama3")
-    engine = object.__new__(engines.ServerEngine)
+    engine = object.__new__(ServerEngine)
     engine._tokenizer = tokenizer
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "sea"}], tokenize=False, add_generation_prompt=True
     )
-    request = engines.Request("0", chat, tuple(tokenizer(chat)["input_ids"][1:]), 5)
+    request = Request("0", chat, tuple(tokenizer(chat)["input_ids"][1:]), 5)
     sent = engine._prompt_text(request)
     assert tuple(tokenizer(sent)["input_ids"]) == request.prompt_ids
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bapo_plugin.cli import app
-from bapo_plugin.evaluation import OWN_TASKS, compare_tasks
+from bapo_plugin.evaluation.harness import OWN_TASKS, compare_tasks
 
 TASK = """\
 task: {name}

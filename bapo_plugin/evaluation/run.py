@@ -1,0 +1,183 @@
+"""What `bapo eval` does."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bapo_plugin import __version__
+from bapo_plugin.anchors.engines import autocast
+from bapo_plugin.config import is_active
+from bapo_plugin.data.load import prepare_rows
+from bapo_plugin.evaluation.harness import find_tasks, run_tasks
+from bapo_plugin.evaluation.output import print_table, write
+from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
+from bapo_plugin.forward import response_logits
+from bapo_plugin.retention import (
+    FormerAnswer,
+    Retention,
+    former_answers,
+    greedy_answers,
+    held_out_answers,
+    measure,
+    read_prompts,
+)
+
+_SAMPLES = 8
+
+
+def evaluate(
+    targets: Sequence[Path],
+    *,
+    prompts: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    chat: bool = False,
+    load_in_4bit: bool | None = None,
+    output: Path | None = None,
+) -> list[Path]:
+    """Measure, print a table, and write `bapo-eval.json` and `bapo-eval.md`.
+
+    Args:
+        targets: a YAML (then its `output_dir` is the adapter) and folders of adapters, of one base model.
+        prompts: file with prompts (see `read_prompts`), or a number of held-out rows of the YAML.
+        tasks: names of lm-eval's tasks, YAML files of tasks, or "paper".
+        limit: at most so many questions of a task.
+        max_new_tokens: of an answer to a prompt of a file, and of the samples.
+        batch_size: for the tasks.
+        chat: ask the tasks' questions through the chat template.
+        load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
+        output: folder for the results. Default: the folder of each adapter.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: there is nothing to measure, no adapter, or a file, prompt or task that can't be used.
+    """
+    config = [t for t in targets if t.suffix in (".yml", ".yaml")]
+    folders = [t for t in targets if t not in config]
+    if len(config) > 1:
+        raise ValueError(
+            f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
+        )
+    if prompts is None and not tasks and not config:
+        raise ValueError(
+            "nothing to measure: name --prompts FILE, --tasks, or the YAML of a BAPO run"
+        )
+    chats = read_prompts(prompts) if prompts and not prompts.isdigit() else None
+    manager, names = find_tasks(tasks) if tasks else (None, [])
+    if config:
+        subject = load_run(config[0], folders)
+    else:
+        subject = load_adapters(folders, load_in_4bit)
+    answers = _former_answers(subject, prompts, chats, max_new_tokens, required=not tasks)
+
+    found: dict[str, Any] = {
+        "format": 1,
+        "model": subject.model.config.name_or_path,
+        "versions": {"axolotl-plugin-bapo": __version__}
+        | {n: version(n) for n in ("axolotl", "torch", "transformers", "peft", "lm_eval")},
+        "adapters": {name: str(folder) for name, (_, folder) in subject.adapters.items()},
+        "retention": None,
+        "tasks": [],
+        "samples": [],
+    }
+    if answers:
+        retention = _retention(subject, answers)
+        found["retention"] = {
+            "prompts": len(answers),
+            "tokens": sum(len(answer.answer_ids) for answer in answers),
+            "after": {name: result.summary() for name, result in retention.items()},
+        }
+        found["samples"] = _samples(subject, answers, retention, max_new_tokens)
+    if names:
+        found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
+    print_table(found)
+    folders = [output] if output else [folder for _, folder in subject.adapters.values()]
+    return [path for folder in folders for path in write(found, folder)]
+
+
+def _former_answers(
+    subject: Subject,
+    prompts: str | None,
+    chats: list | None,
+    max_new_tokens: int,
+    required: bool,
+) -> list[FormerAnswer]:
+    if chats is not None:
+        bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
+        with bar, subject.before():
+            return former_answers(
+                subject.model, subject.tokenizer, chats, max_new_tokens, on_answers=bar.update
+            )
+    if subject.cfg is None or not is_active(subject.cfg):
+        if prompts is None and not required:
+            return []
+        raise ValueError(
+            "held-out rows are those of the YAML of a BAPO run; name it, or a file with prompts (--prompts)"
+        )
+    _, rows = prepare_rows(subject.cfg, subject.tokenizer)
+    if rows is None:
+        if prompts is None and not required:
+            return []
+        raise ValueError(
+            "there are no held-out rows: set val_set_size or test_datasets, or name a file with prompts "
+            "(--prompts)"
+        )
+    return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
+
+
+def _retention(subject: Subject, answers: list[FormerAnswer]) -> dict[str, Retention]:
+    def scorer(state: Callable[[], AbstractContextManager]) -> Callable[[dict], torch.Tensor]:
+        def score(batch: dict) -> torch.Tensor:
+            with state(), autocast(subject.model):
+                return response_logits(subject.model, batch)
+
+        return score
+
+    with tqdm(total=len(answers), desc="Retention", unit="answer") as bar:
+        pad = subject.tokenizer.pad_token_id
+        return measure(
+            answers,
+            scorer(subject.before),
+            {name: scorer(lambda name=name: subject.after(name)) for name in subject.adapters},
+            pad_token_id=subject.tokenizer.eos_token_id if pad is None else pad,
+            vocab_size=subject.model.config.get_text_config().vocab_size,
+            device=subject.model.device,
+            on_answers=bar.update,
+        )
+
+
+def _samples(
+    subject: Subject,
+    answers: list[FormerAnswer],
+    retention: Mapping[str, Retention],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """Answers before and after to the first prompts, to be read."""
+    shown = answers[:_SAMPLES]
+    prompts = [answer.prompt_ids for answer in shown]
+
+    def text(ids: Sequence[int]) -> str:
+        return subject.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    after = {}
+    for name in subject.adapters:
+        with subject.after(name):
+            after[name] = greedy_answers(subject.model, subject.tokenizer, prompts, max_new_tokens)
+    return [
+        {
+            "prompt": answer.prompt,
+            "before": text(answer.answer_ids),
+            "after": {name: text(ids[i]) for name, ids in after.items()},
+            "drift": {name: float(result.drift[i]) for name, result in retention.items()},
+        }
+        for i, answer in enumerate(shown)
+    ]

@@ -1,0 +1,135 @@
+"""The model that `bapo eval` measures: loaded once, quantised as in training, with its adapters."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.cli.config import load_cfg
+from axolotl.loaders import load_tokenizer
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from bapo_plugin.anchors.engines import load_reference
+from bapo_plugin.callbacks import RECORD
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.config import is_active
+from bapo_plugin.data.load import reference_adapter
+
+
+@dataclass
+class Subject:
+    """A loaded model and its states.
+
+    Args:
+        model: with all adapters.
+        adapters: shown name -> (name in the model, folder).
+        start: the adapter that was there before training, where training went on with one.
+        cfg: axolotl's configuration, where one was given.
+    """
+
+    model: Any
+    tokenizer: Any
+    adapters: dict[str, tuple[str, Path]]
+    start: str | None = None
+    cfg: Any = None
+
+    @contextmanager
+    def before(self) -> Iterator[None]:
+        """The model as it was before training."""
+        if self.start:
+            self.model.set_adapter(self.start)
+            yield
+        else:
+            with self.model.disable_adapter():
+                yield
+
+    @contextmanager
+    def after(self, name: str) -> Iterator[None]:
+        """The model with one of the adapters."""
+        self.model.set_adapter(self.adapters[name][0])
+        yield
+
+
+def load_run(config: Path, folders: list[Path]) -> Subject:
+    if not config.is_file():
+        raise ValueError(f"there is no file {config}")
+    cfg = load_cfg(str(config))
+    if not cfg.adapter:
+        raise ValueError(
+            f"{config} trains without an adapter: before and after are two models then; compare them with "
+            "lm_eval"
+        )
+    cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
+    adapters = _check_adapters(folders or [Path(cfg.output_dir)])
+    tokenizer = load_tokenizer(cfg)
+    start = reference_adapter(cfg) if is_active(cfg) else None
+    return _with_adapters(load_reference(cfg, tokenizer, None), tokenizer, adapters, start, cfg)
+
+
+def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject:
+    adapters = _check_adapters(folders)
+    bases = {
+        str(folder): PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        for folder in adapters.values()
+    }
+    if len(set(bases.values())) > 1:
+        pairs = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
+        raise ValueError(f"the adapters belong to different models ({pairs}); evaluate them apart")
+    (base,) = set(bases.values())
+    first = next(iter(adapters.values()))
+    if load_in_4bit is None:
+        record = first / RECORD
+        config = json.loads(record.read_text("utf-8"))["config"] if record.is_file() else {}
+        load_in_4bit = bool(config.get("load_in_4bit"))
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        device_map={"": 0} if cuda else None,
+        quantization_config=quantization if load_in_4bit else None,
+    )
+    has_tokenizer = (first / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(first) if has_tokenizer else base)
+    return _with_adapters(model, tokenizer, adapters, None, None)
+
+
+def _check_adapters(folders: Sequence[Path]) -> dict[str, Path]:
+    """name -> folder; the name is the folder's, or its path where two have the same."""
+    for folder in folders:
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} has no trained adapter (no adapter_config.json); train first, or name its folder"
+            )
+    names = [folder.resolve().name for folder in folders]
+    distinct = len(set(names)) == len(names)
+    return {
+        name if distinct else str(folder): folder
+        for name, folder in zip(names, folders, strict=True)
+    }
+
+
+def _with_adapters(
+    model: Any, tokenizer: Any, adapters: dict[str, Path], start: str | None, cfg: Any
+) -> Subject:
+    inside = {name: f"after{i}" for i, name in enumerate(adapters)}
+    for name, folder in adapters.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=inside[name])
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=inside[name])
+    if start:
+        model.load_adapter(start, adapter_name="start")
+    keep_4bit_trainable_on_cpu(model)
+    shown = {name: (inside[name], folder) for name, folder in adapters.items()}
+    return Subject(model.eval(), tokenizer, shown, "start" if start else None, cfg)

@@ -13,7 +13,8 @@ import yaml
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 
-from bapo_plugin.config import TRAINER_CLS, check_config, is_active
+from bapo_plugin.checks import check_config
+from bapo_plugin.config import TRAINER_CLS, is_active
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta

@@ -66,7 +66,7 @@ def test_demo_data():
 
 def test_the_diff_names_only_settings_that_exist():
     text = (EXAMPLES / "dpo-to-bapo.md").read_text("utf-8")
-    from bapo_plugin.config import _REFUSED
+    from bapo_plugin.checks import _REFUSED
     from bapo_plugin.loss import PREFERENCE_LOSSES
 
     for key in (

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bapo_plugin.config import BAPOConfig, check_config, parse_block
+from bapo_plugin.checks import check_config
+from bapo_plugin.config import BAPOConfig, parse_block
 
 GOOD = {
     "rl": "bapo",

@@ -1,0 +1,174 @@
+"""What must hold between the `bapo:` block and the rest of the YAML.
+
+`check_config` refuses what can't work together, with the line that mends it, before axolotl
+validates the rest.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bapo_plugin.config import TRAINER_CLS, BAPOConfig, parse_block
+from bapo_plugin.loss import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+
+# ways to initialise LoRA that leave the weights below it as they are
+_INITS = ("gaussian", "eva", "orthogonal")
+# DPO settings that can't be honoured when only response tokens reach the vocabulary projection, or
+# that ask for another loss. key -> why and what to do instead
+_REFUSED = {
+    "dpo_use_weighting": "WPO weights need the logits of every token, which BAPO never forms; remove the line",
+    "dpo_use_liger_kernel": "BAPO has a log-prob kernel of its own; remove the line",
+    "dpo_padding_free": "TRL ignores it and BAPO lays out its own batches; remove the line",
+    "dpo_ld_alpha": "length-desensitised log-probs have no anchored form; remove the line",
+    "dpo_norm_loss": "use `dpo_loss_type: [sigmoid_norm]` or [ipo], which divide by the length",
+    "rpo_alpha": "axolotl ignores it; to keep likelihood up use the anchor (bapo.anchor_weight)",
+    "sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
+    "eval_sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
+    "streaming": "rows must be checked and tokenised before training; remove the line",
+    "rl_adapter_ref_model": "the model with its adapter switched off is the reference; remove the line",
+    "torch_compile": "compiling the model is not supported by this version; remove the line",
+}
+
+
+def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
+    """Check the raw YAML of an `rl: bapo` run.
+
+    Args:
+        cfg: the YAML as a mapping, before axolotl validates it.
+
+    Returns:
+        The parsed `bapo:` block.
+
+    Raises:
+        ValueError: one message that lists every contradiction: key, value, why, remedy.
+    """
+    problems: list[str] = []
+    bapo = BAPOConfig()
+    try:
+        bapo = parse_block(cfg.get("bapo"))
+    except ValueError as error:
+        problems.append(str(error))
+
+    trl = cfg.get("trl") or {}
+    precompute = cfg.get("precompute_ref_log_probs")
+    if precompute is not None:
+        if bapo.precompute_ref_log_probs not in (None, precompute):
+            problems.append(
+                f"precompute_ref_log_probs: {precompute} and bapo.precompute_ref_log_probs: "
+                f"{bapo.precompute_ref_log_probs} contradict each other; remove one of the two lines"
+            )
+        bapo.precompute_ref_log_probs = precompute
+    if bapo.precompute_ref_log_probs and trl.get("sync_ref_model"):
+        problems.append(
+            "precompute_ref_log_probs: true and trl.sync_ref_model: true contradict each other: log-probs of a "
+            "reference that changes can't be computed in advance; remove one of the two lines"
+        )
+    elif trl.get("sync_ref_model"):
+        problems.append(
+            "trl.sync_ref_model: true moves the reference, but BAPO anchors to what the model answered before "
+            "training; remove the line"
+        )
+    for key, why in _REFUSED.items():
+        if cfg.get(key):
+            problems.append(f"{key}: {cfg[key]} does not work with rl: bapo: {why}")
+    problems += _check_preference_loss(cfg)
+    if (cfg.get("context_parallel_size") or cfg.get("sequence_parallel_degree") or 1) > 1:
+        problems.append(
+            "context_parallel_size > 1 would split a response over GPUs; remove the line"
+        )
+    problems += _check_adapter(cfg)
+    if cfg.get("trainer_cls") not in (None, TRAINER_CLS):
+        problems.append(
+            f"trainer_cls: {cfg['trainer_cls']} can't be combined with rl: bapo, which is a trainer of its "
+            "own; remove one of the two"
+        )
+    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
+        problems.append(
+            "accelerator_config.dispatch_batches: true would cut batches between the responses of a row; "
+            "remove the line"
+        )
+    if not cfg.get("datasets"):
+        problems.append("datasets: is empty; name at least one preference data set")
+    for split in ("datasets", "test_datasets"):
+        for i, entry in enumerate(cfg.get(split) or []):
+            if not isinstance(entry, Mapping) or not entry.get("path"):
+                problems.append(
+                    f"{split}[{i}]: {entry!r} must be a block with at least `path:` and `type:`"
+                )
+    if problems:
+        raise ValueError("rl: bapo can't run with this configuration:\n- " + "\n- ".join(problems))
+    return bapo
+
+
+def _check_adapter(cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    adapter = cfg.get("adapter")
+    if not adapter and (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
+        key, remedy = (
+            ("load_in_4bit", "qlora") if cfg.get("load_in_4bit") else ("load_in_8bit", "lora")
+        )
+        problems.append(
+            f"{key}: true without an adapter: quantised weights can't be trained; set `adapter: {remedy}`"
+        )
+    if adapter == "llama-adapter":
+        problems.append(
+            "adapter: llama-adapter can't be switched off for the reference; use lora or qlora"
+        )
+    init = cfg.get("peft_init_lora_weights")
+    if init not in (None, True, False, *_INITS):
+        problems.append(
+            f"peft_init_lora_weights: {init} changes the weights below the adapter, so that the model with "
+            f"its adapter off is no longer the model you started from; use true, {', '.join(_INITS)}"
+        )
+    if (cfg.get("peft") or {}).get("loftq_config") or cfg.get("loftq_config"):
+        problems.append(
+            "peft.loftq_config changes the weights below the adapter, so that the model with its adapter "
+            "off is no longer the model you started from; remove the block"
+        )
+    return problems
+
+
+def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
+    problems = []
+    trl = cfg.get("trl") or {}
+    beta = cfg.get("rl_beta") if cfg.get("rl_beta") is not None else trl.get("beta")
+    if beta is not None and not _number(beta) > 0:
+        problems.append(f"rl_beta: {beta!r} must be a number above 0; the usual value is 0.1")
+    loss_types = cfg.get("dpo_loss_type") or ["sigmoid"]
+    loss_types = [loss_types] if isinstance(loss_types, str) else list(loss_types)
+    for name in loss_types:
+        if name not in PREFERENCE_LOSSES:
+            problems.append(
+                f"dpo_loss_type: {name!r} is not a function of the margin between chosen and rejected; "
+                f"possible are {', '.join(PREFERENCE_LOSSES)}"
+            )
+    weights = cfg.get("dpo_loss_weights")
+    if weights is not None and len(weights) != len(loss_types):
+        problems.append(
+            f"dpo_loss_weights: {weights} must have one number for each of the {len(loss_types)} losses in "
+            f"dpo_loss_type: {loss_types}"
+        )
+    smoothing = cfg.get("dpo_label_smoothing") or 0
+    if not 0 <= _number(smoothing) < 0.5:
+        problems.append(f"dpo_label_smoothing: {smoothing!r} must be a number in [0, 0.5)")
+    elif _number(smoothing):
+        for name in set(loss_types) & (set(PREFERENCE_LOSSES) - set(SMOOTHED_LOSSES)):
+            problems.append(
+                f"dpo_label_smoothing: {smoothing} has no meaning for dpo_loss_type {name!r}; remove it, or use "
+                f"one of {', '.join(SMOOTHED_LOSSES)}"
+            )
+    elif "exo_pair" in loss_types:
+        problems.append(
+            "dpo_loss_type: exo_pair needs `dpo_label_smoothing: 0.001` (or another > 0)"
+        )
+    return problems
+
+
+def _number(value: Any) -> float:
+    """The value as axolotl will take it (YAML reads 5e-2 as a string); NaN where it is no number."""
+    if isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -6,8 +6,6 @@ it to TRL's.
 """
 
 import textwrap
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, num_
 from bapo_plugin.data.rows import (
     FEATURES,
     IDS,
-    RESPONSES,
     TEXTS,
     apply_policy,
     faulty_rows,
@@ -37,7 +34,8 @@ from bapo_plugin.data.rows import (
     report_rows,
 )
 from bapo_plugin.forward import ResponseForward
-from bapo_plugin.loss import PREFERENCE_LOSSES, BAPOLoss, ResponseLogps, bapo_loss
+from bapo_plugin.loss import PREFERENCE_LOSSES, ResponseLogps, bapo_loss
+from bapo_plugin.metrics import RowMetrics, Throughput, row_metrics
 from bapo_plugin.reference import (
     COLUMN,
     ReferenceCache,
@@ -141,10 +139,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self._cache_dir = cache_dir or getattr(self.args, "bapo_cache_dir", None)
         self._reference_cache: ReferenceCache | None = None
         self._precompute = self._decide_precompute()
-        # mode -> metric -> sum over rows, on the device until it is logged; "rows" counts them
-        self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
-        self._token_counts: Tensor | int = 0  # see `bapo_plugin.data.collator`
-        self._since = time.perf_counter()
+        self.row_metrics = RowMetrics(self.accelerator)
+        self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
             self.add_callback(RetentionCallback(self, self.bapo.retention))
         self.record = RunRecord(self._settings(), self.model.config.name_or_path, self._num_rows())
@@ -457,16 +453,16 @@ class BAPOTrainer(AxolotlDPOTrainer):
             anchor_placement=self.bapo.anchor_placement,
         )
         loss = out.loss.mean()
-        metrics = self._row_metrics(out, policy_logps, reference_logps)
+        metrics = row_metrics(out, policy_logps, reference_logps, self.beta)
         if self.aux_loss_enabled:
             aux = self.router_aux_loss_coef * policy.aux_loss
             loss = loss + aux
             metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
         mode = "train" if self.model.training else "eval"
-        self._add_metrics(mode, metrics)
+        self.row_metrics.add(mode, metrics)
         if mode == "train":
-            self._token_counts = self._token_counts + inputs["token_counts"]
+            self.throughput.add(inputs["token_counts"])
         loss = loss * share
         return (loss, {"logps": policy.logps}) if return_outputs else loss
 
@@ -494,66 +490,15 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     # ---------------------------------------------------------------- metrics
 
-    def _row_metrics(
-        self, out: BAPOLoss, policy: ResponseLogps, reference: ResponseLogps
-    ) -> dict[str, Tensor]:
-        """Every metric as one number per row, [n]."""
-        policy = ResponseLogps(*(logps.detach() for logps in policy))
-        drift = ResponseLogps(*(p - r for p, r in zip(policy, reference, strict=True)))
-        chosen, rejected = self.beta * drift.chosen, self.beta * drift.rejected
-        return {
-            "loss": out.loss.detach(),
-            "loss/preference": out.preference,
-            "loss/anchor": out.anchor,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            **{f"logps/{name}": getattr(policy, name) for name in RESPONSES},
-            **{f"drift/{name}": getattr(drift, name) for name in RESPONSES},
-            "anchor/active": out.active,
-        }
-
-    def _add_metrics(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        rows = torch.stack([values.float() for values in metrics.values()], dim=1)  # [n, metrics]
-        # In evaluation, rows that fill up a rank's last batch are left out. In training they count,
-        # as they do in the gradient; besides, the loader is a whole optimiser step ahead there, and
-        # `gather_for_metrics` would cut micro-batches that are not the last.
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        rows = gather(rows)
-        for name, total in zip(metrics, rows.sum(0), strict=True):
-            self._sums[mode][name] += total
-        self._sums[mode]["rows"] += len(rows)
-
-    def _take_metrics(self, mode: str) -> dict[str, float]:
-        """Means over the rows since the last call."""
-        sums, self._sums[mode] = self._sums[mode], defaultdict(float)
-        rows = sums.pop("rows", 0)
-        return {name: float(total) / rows for name, total in sums.items()}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation adds its metrics in `evaluation_loop`
-            logs |= self._take_metrics("train") | self._take_throughput()
+            logs |= self.row_metrics.take("train") | self.throughput.take()
         super().log(logs, start_time)
 
-    def _take_throughput(self) -> dict[str, float]:
-        """Since the last call, on all ranks."""
-        if not isinstance(self._token_counts, Tensor):
-            return {}
-        counts = self.accelerator.gather(self._token_counts).view(-1, 3).sum(0).tolist()
-        computed, real, separate = counts
-        now, self._token_counts = time.perf_counter(), 0
-        seconds, self._since = now - self._since, now
-        return {
-            "tokens/s": computed / seconds,
-            "sharing": 1 - real / separate,
-            "packing": real / computed,
-        }
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        self._take_metrics("eval")  # an evaluation that was interrupted
+        self.row_metrics.take("eval")  # an evaluation that was interrupted
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._take_metrics("eval")
+        metrics = self.row_metrics.take("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in metrics.items()})
         return output
 

@@ -124,7 +124,7 @@ def test_continued_adapter_is_its_own_reference(tmp_path):
     randomize_lora(model, std=0.1)
     trainer = bapo_trainer(tmp_path, model)
     trainer.compute_loss(trainer.model.train(), batch_of(trainer))
-    metrics = trainer._take_metrics("train")
+    metrics = trainer.row_metrics.take("train")
     assert metrics["drift/base"] == pytest.approx(0, abs=1e-5), "the reference is the given adapter"
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -155,17 +155,17 @@ def test_anchor_is_silent_at_the_start_and_pulls_back_after_drift(tmp_path):
     batch = batch_of(trainer)
     with torch.no_grad():  # find a drift that lowers base responses
         trainer.compute_loss(trainer.model, batch)
-    before = trainer._take_metrics("train")
+    before = trainer.row_metrics.take("train")
     assert before["anchor/active"] > 0 and before["loss/anchor"] > 0
     optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(20):
         optimizer.zero_grad()
         trainer.compute_loss(trainer.model, batch).backward()
         optimizer.step()
-    trainer._take_metrics("train")
+    trainer.row_metrics.take("train")
     with torch.no_grad():
         trainer.compute_loss(trainer.model, batch)
-    assert trainer._take_metrics("train")["loss/anchor"] < 0.5 * before["loss/anchor"]
+    assert trainer.row_metrics.take("train")["loss/anchor"] < 0.5 * before["loss/anchor"]
 
 
 def run(tmp_path, rows, **changes):
@@ -211,11 +211,11 @@ def test_metrics_are_means_over_rows(tmp_path):
     with torch.no_grad():
         for indices in ([0, 1, 2, 3], [4, 5, 6]):
             trainer.compute_loss(trainer.model, batch_of(trainer, indices))
-        together = trainer._take_metrics("eval")
+        together = trainer.row_metrics.take("eval")
         single = []
         for i in range(7):
             trainer.compute_loss(trainer.model, batch_of(trainer, [i]))
-            single.append(trainer._take_metrics("eval"))
+            single.append(trainer.row_metrics.take("eval"))
     assert len(together) == 14
     for key, value in together.items():
         assert value == pytest.approx(sum(s[key] for s in single) / 7, abs=1e-4), key
@@ -302,7 +302,7 @@ def test_moe_router_loss_is_added_as_trl_does(tmp_path):
     aux_mine = ours._forward(ours.model, ours.model, mine, output_router_logits=True)
     assert aux_mine.aux_loss.item() == pytest.approx(aux_true.aux_loss.item(), rel=1e-4)
     whole = ours.compute_loss(ours.model, batch_of(ours))
-    metrics = ours._take_metrics("train")
+    metrics = ours.row_metrics.take("train")
     assert metrics["aux_loss"] > 0
     assert whole.item() == pytest.approx(
         metrics["loss/preference"] + 0.5 * metrics["aux_loss"], rel=1e-4

@@ -43,6 +43,7 @@ HEADS = {
     "smollm2": (49_152, 576, None),
 }
 GPU_TOKENS = (8192, 2048, 512, 64, 24_576)
+COMPILED_TOKENS = (8192, 2048)
 FIELDS = (
     "case impl pass ms ms_p20 ms_p80 peak_bytes tokens vocabulary width dtype device versions note"
 ).split()
@@ -93,14 +94,17 @@ class Missing(Exception):
     """An implementation that this machine can't run, and why."""
 
 
-def implementations(device, softcap, dtype):
+def implementations(device, softcap, dtype, tokens):
     """(name -> function or the reason why there is none)."""
     found = {"bapo": bapo, "naive": naive}
     if dtype != torch.float32:
         found["naive-fp32-logits"] = naive_fp32_logits
-    found["naive-compiled"] = (
-        torch.compile(naive) if device == "cuda" else Missing("timed on CUDA only")
-    )
+    if device != "cuda":
+        found["naive-compiled"] = Missing("timed on CUDA only")
+    elif tokens not in COMPILED_TOKENS:
+        found["naive-compiled"] = Missing(f"compiled for T in {COMPILED_TOKENS} only, to save time")
+    else:
+        found["naive-compiled"] = torch.compile(naive)
     peers = {
         "liger": (liger, "liger_kernel", True),
         "cut-cross-entropy": (cut_cross_entropy, "cut_cross_entropy", True),
@@ -218,7 +222,7 @@ class Bench:
             "dtype": str(dtype).removeprefix("torch."),
         }
         inputs = make_inputs(tokens, vocabulary, width, dtype, self.device)
-        chosen = implementations(self.device, softcap, dtype)
+        chosen = implementations(self.device, softcap, dtype, tokens)
         chosen = {
             n: f
             for n, f in chosen.items()
@@ -240,18 +244,18 @@ class Bench:
                         peaks[name] = peak_bytes(once, self.device)
                         runnable[name] = once
                     except Exception as error:
-                        kind = type(error).__name__
-                        note = f"failed: {kind}: {str(error).splitlines()[0][:90]}"
-                        self.row(case, name, which, note, **shape)
-                        if self.device == "cuda":
-                            torch.cuda.empty_cache()
+                        self.failed(case, name, which, error, shape)
             times = {name: [] for name in runnable}
             stop = time.monotonic() + 25  # a slow peer must not eat the others' time
             for _ in range(self.rounds):
                 if all(times.values()) and (time.monotonic() > stop or self.late()):
                     break
-                for name, once in runnable.items():
-                    times[name].append(time_ms(once, self.device))
+                for name, once in list(runnable.items()):
+                    try:
+                        times[name].append(time_ms(once, self.device))
+                    except Exception as error:  # memory that the others left no room in
+                        del runnable[name], times[name]
+                        self.failed(case, name, which, error, shape)
             floor = self.floor(inputs, (4 if backward else 2))
             self.row(case, "floor", which, "GEMM FLOPs alone", times=floor, **shape)
             for name in runnable:
@@ -264,6 +268,12 @@ class Bench:
                 self.row(case, name, which, note, times=times[name], peak=peaks[name], **shape)
 
         self.save()
+
+    def failed(self, case, name, which, error, shape):
+        note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        self.row(case, name, which, note, **shape)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self):
         """After every shape: an interrupted run keeps what it has."""

@@ -35,6 +35,8 @@ def triton_missing(hidden: Tensor) -> str | None:
         return "the Triton path is for NVIDIA builds of torch, others take the torch path"
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden_states are on {hidden.device}, Triton kernels run on CUDA devices"
+    if hidden.is_cuda and (have := torch.cuda.get_device_capability(hidden.device)) < (8, 0):
+        return f"the GPU has compute capability {have[0]}.{have[1]}, Triton kernels need 8.0"
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -210,7 +212,7 @@ def _check_values(labels: Tensor, cu_seqlens: Tensor, tokens: int, vocabulary: i
 
 
 def _sum_by_sequence(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[S] sums, accumulated in fp64 in token order; NaN where cu_seqlens is no partition of T."""
+    """[S] sums, accumulated in fp64; NaN where cu_seqlens is no partition of T."""
     tokens = token_logps.shape[0]
     ends = cu_seqlens.clamp(0, tokens)
     valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bapo_kernels.reference import compute_dtype
 from bapo_kernels.torch_tiles import (
+    has_mixed_gemm,
     logits_tile,
     mm_wide,
     operand,
@@ -45,6 +46,11 @@ def head_gradient(
     bias = None if bias is None else bias.to(dtype)
     one_minus_p = -torch.expm1(token_logps)
     token_scale = grad_tokens.to(dtype) * scale
+    # A 16-bit GEMM takes g in 16 bits: between 2**14 and the p of an unlikely token fp16 holds it.
+    unit = 1.0
+    if has_mixed_gemm(weight) and token_scale.numel():
+        unit = token_scale.abs().amax().clamp_min(2**14 * torch.finfo(dtype).tiny) / 2**14
+        token_scale = token_scale / unit
 
     rows, columns = tile_plan(hidden, weight, tile_bytes, 2 + (softcap is not None))
     buffer = tile_buffer(rows, columns, weight)
@@ -64,7 +70,7 @@ def head_gradient(
                 w_sum += mm_wide(g.t(), h)
             b_sum += g.sum(0)
         if need_weight:
-            d_weight[piece] = w_sum
+            d_weight[piece] = w_sum.mul_(unit)
         if need_bias:
-            d_bias[piece] = b_sum
+            d_bias[piece] = b_sum.mul_(unit)
     return d_weight, d_bias

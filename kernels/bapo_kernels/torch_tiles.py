@@ -40,7 +40,12 @@ _LOWEST = -1e30
 
 def has_mixed_gemm(tensor: Tensor) -> bool:
     """Whether this device multiplies 16-bit matrices into an fp32 result by itself."""
-    return tensor.is_cuda and torch.version.cuda is not None and tensor.dtype.itemsize == 2
+    if not tensor.is_cuda or torch.version.cuda is None or tensor.dtype.itemsize != 2:
+        return False
+    return tensor.dtype == torch.float16 or torch.cuda.get_device_capability(tensor.device) >= (
+        8,
+        0,
+    )
 
 
 def operand(tensor: Tensor) -> Tensor:

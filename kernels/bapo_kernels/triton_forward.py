@@ -175,12 +175,16 @@ def supports(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def split_plan(tokens: int, vocabulary: int, config: dict[str, int], processors: int):
-    """(splits, tiles a split): fill the device twice, at least sqrt(processors) for L2, and no
-    split empty."""
+    """(splits, tiles a split), no split empty: at least sqrt(processors) for L2 and enough to fill
+    the device; of those up to twice as many, the ones whose last wave is fullest."""
     tiles = math.ceil(vocabulary / config["BLOCK_V"])
     blocks = math.ceil(tokens / config["BLOCK_T"])
-    wanted = max(math.ceil(2 * processors / blocks), round(processors**0.5))
-    per_split = math.ceil(tiles / min(wanted, tiles))
+    fewest = max(round(processors**0.5), math.ceil(processors / blocks))
+
+    def tiles_in_turn(splits: int) -> int:
+        return math.ceil(blocks * splits / processors) * math.ceil(tiles / splits)
+
+    per_split = math.ceil(tiles / min(range(fewest, 2 * fewest + 1), key=tiles_in_turn))
     return math.ceil(tiles / per_split), per_split
 
 
@@ -222,7 +226,9 @@ def forward(
             rows = min(total - start, max(tile["BLOCK_T"], fitting))
             block = slice(start, start + rows)
             start += rows
-            peaks, masses = hidden.new_empty(2, splits, rows, dtype=torch.float32).unbind(0)
+            # two tensors, not parts of one: their starts are aligned, so one compiled kernel serves all
+            peaks = hidden.new_empty(splits, rows, dtype=torch.float32)
+            masses = torch.empty_like(peaks)
             spreads = torch.empty_like(peaks) if need_entropy else peaks
             label_logits = hidden.new_empty(rows, dtype=torch.float32)
             forward_kernel[(math.ceil(rows / tile["BLOCK_T"]) * splits,)](

@@ -27,12 +27,9 @@ def cap_logits(z, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def cap_slope(z, softcap, HAS_SOFTCAP: tl.constexpr):
+def cap_slope(z, softcap):
     """d cap(x) / dx in terms of z = cap(x)."""
-    if HAS_SOFTCAP:
-        return 1.0 - (z / softcap) * (z / softcap)
-    else:
-        return z * 0.0 + 1.0
+    return 1.0 - (z / softcap) * (z / softcap)
 
 
 @triton.jit

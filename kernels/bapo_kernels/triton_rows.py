@@ -30,8 +30,10 @@ from bapo_kernels.triton_math import LOWEST, cap_logits, cap_slope, finish
 
 BLOCK = 2048
 NUM_WARPS = 8
-# 640 rows at V = 128,256: enough for both GEMMs to be bound by arithmetic on an H100 and above.
-DEFAULT_CHUNK_BYTES = 512 << 20
+DEFAULT_CHUNK_BYTES = 1 << 30
+# Fewer rows would make the first GEMM wait for W: 2 * rows FLOPs for each 2 bytes of it.
+_MIN_ROWS = 512
+_GEMM_TILE = 128
 
 
 @triton.jit
@@ -126,7 +128,8 @@ def row_kernel(
                 b = tl.load(bias + here)
             z = cap_logits(z, b, scale, softcap, HAS_SOFTCAP)
             g = tl.where(here == label, 1.0, -tl.exp(z - others))
-            g *= cap_slope(z, softcap, HAS_SOFTCAP)
+            if HAS_SOFTCAP:
+                g *= cap_slope(z, softcap)
             tl.store(grad + here, g.to(grad.dtype.element_ty))
         here = whole + lanes
         if whole < V:
@@ -136,8 +139,29 @@ def row_kernel(
                 b = tl.load(bias + here, mask=inside, other=0.0)
             z = cap_logits(z, b, scale, softcap, HAS_SOFTCAP)
             g = tl.where(here == label, 1.0, -tl.exp(z - others))
-            g *= cap_slope(z, softcap, HAS_SOFTCAP)
+            if HAS_SOFTCAP:
+                g *= cap_slope(z, softcap)
             tl.store(grad + here, g.to(grad.dtype.element_ty), mask=inside)
+
+
+def chunk_rows(row_bytes: int, width: int, budget: int, processors: int) -> int:
+    """Rows of a chunk within `budget` bytes: the fewest, from `_MIN_ROWS`, that fill the device in the
+    second GEMM to 90%; where none do, those that fill it best.
+
+    That GEMM has [rows, H] to give, which is few tiles: 640 rows of H = 4096 are 160 tiles of
+    128 x 128, two waves of an H100's 132 processors, the second of them nearly empty; 512 rows are one.
+    """
+    largest = max(16, budget // row_bytes)
+    if largest < _GEMM_TILE:
+        return largest - largest % 16
+
+    def fill(rows: int) -> float:
+        waves = rows // _GEMM_TILE * math.ceil(width / _GEMM_TILE) / processors
+        return waves / math.ceil(waves)
+
+    most = largest // _GEMM_TILE * _GEMM_TILE
+    candidates = range(min(_MIN_ROWS, most), most + 1, _GEMM_TILE)
+    return next((rows for rows in candidates if fill(rows) >= 0.9), max(candidates, key=fill))
 
 
 def forward(
@@ -162,8 +186,11 @@ def forward(
 
     padded = math.ceil(vocabulary / 16) * 16  # rows start on 16 elements: vector loads, cuBLAS
     row_bytes = padded * (4 + (hidden.dtype.itemsize if need_unit else 0))
-    largest = max(16, (chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
-    largest -= largest % (128 if largest >= 128 else 16)
+    if hidden.is_cuda:
+        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    else:  # the interpreter
+        processors = 1
+    largest = chunk_rows(row_bytes, width, chunk_bytes or DEFAULT_CHUNK_BYTES, processors)
 
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         for block in even_blocks(total, largest, multiple=16):
@@ -194,6 +221,8 @@ def forward(
             if need_unit:
                 product = mm_wide(operand(grad[:, :vocabulary]), operand(weight))
                 unit[block] = product.mul_(row_scale[block].unsqueeze(1))
+                del product
+            del logits, grad  # before the next chunk allocates its own
     return logps, logsumexp, entropy, unit
 
 

@@ -36,8 +36,9 @@ def to_cuda(case):
 
 
 @pytest.fixture(autouse=True)
-def _exact_fp32_gemm():
-    assert not torch.backends.cuda.matmul.allow_tf32, "these tolerances are for fp32 GEMMs"
+def _exact_fp32_gemm(monkeypatch):
+    """These tolerances are for fp32 GEMMs; some containers turn TF32 on."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "auto"])
@@ -71,15 +72,16 @@ def test_every_path_against_fp64(shape, dtype, options, backend):
     assert (grad.double() - true_grad).norm() <= limit * true_grad.norm() + 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_trainable_head(dtype):
+@pytest.mark.parametrize("loss_scale", [1e-3, 1.0, 256.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_trainable_head(dtype, loss_scale):
     case = to_cuda(make_case(200, 5003, 64, [120, 80], dtype=dtype, bias=True))
     names = ("hidden_states", "lm_head_weight", "bias")
 
     def gradients(function, case):
         leaves = [case[n].clone().requires_grad_() for n in names]
         sums = function(**{**case, **dict(zip(names, leaves, strict=True))}).sum
-        return torch.autograd.grad(sums.sum(), leaves)
+        return torch.autograd.grad((loss_scale * sums).sum(), leaves)
 
     truth = gradients(sequence_logprobs_reference, to_fp64(case))
     for a, b in zip(gradients(sequence_logprobs, case), truth, strict=True):
@@ -166,7 +168,7 @@ def test_peak_memory():
         hidden.grad = None
         sequence_logprobs(**case, chunk_bytes=budget).sum.sum().backward()
 
-    assert peak(step) < 1.1 * budget + 12 * tokens * width * 4
+    assert peak(step) < 1.1 * budget + 4 * tokens * width * 4
 
 
 def test_inductor_compiles_the_caller():

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import make_case, to_fp64
 from torch.nn import functional as F
 
-from bapo_kernels import sequence_logprobs
+from bapo_kernels import head_gradient, sequence_logprobs
 from bapo_kernels.reference import sequence_logprobs_reference
 
 # tokens, vocabulary, width, lengths: ragged everywhere, vocabularies not a multiple of anything
@@ -93,6 +93,37 @@ def test_gradient_error_budget(dtype, options, trainable_head):
         budget = 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm()
         error = (mine.double() - exact).norm()
         assert error <= budget, f"relative error {error / exact.norm():.2e}"
+
+
+@pytest.mark.parametrize("loss_scale", [1e-5, 1.0, 256.0])
+def test_head_gradient_by_16_bit_gemms(monkeypatch, loss_scale):
+    """As on CUDA, where the GEMM takes g in fp16: tiny terms of -p must not vanish, large ones not overflow."""
+
+    def mm_16(a, b, buffer=None):
+        product = a.to(b.dtype).float() @ b.float()
+        return (
+            product if buffer is None else buffer[: product.numel()].view_as(product).copy_(product)
+        )
+
+    case = make_case(200, 5003, 64, dtype=torch.float16, bias=True)
+    grad = torch.full((200,), loss_scale)
+    truth = to_fp64(case)
+    leaf = truth["lm_head_weight"].requires_grad_()
+    sums = sequence_logprobs_reference(**truth).sum
+    (truth,) = torch.autograd.grad(loss_scale * sums.sum(), leaf)
+
+    exact = sequence_logprobs(**case)
+    logsumexp = torch.logsumexp(to_fp64(case)["hidden_states"] @ leaf.t() + case["bias"], 1).float()
+    monkeypatch.setattr(head_gradient, "has_mixed_gemm", lambda tensor: True)
+    monkeypatch.setattr(head_gradient, "mm_wide", mm_16)
+    names = ("hidden_states", "lm_head_weight", "bias", "labels")
+    arguments = [*(case[n] for n in names), exact.token_logps, logsumexp.detach(), grad]
+    ours, _ = head_gradient.head_gradient(*arguments, 1.0, None, True, False)
+    rounding = (truth.half().double() - truth).norm()
+    assert (ours.double() - truth).norm() <= 2 * rounding + 1e-5 * truth.norm()
+    unlikely = torch.ones(5003, dtype=torch.bool).index_fill(0, case["labels"], False)
+    rounding = (truth[unlikely].half().double() - truth[unlikely]).norm()
+    assert (ours[unlikely].double() - truth[unlikely]).norm() <= 2 * rounding
 
 
 def test_sums_of_512_tokens_from_bf16():

@@ -4,6 +4,7 @@ Triton's cache makes later runs quick.
 """
 
 import importlib.util
+import math
 import os
 
 import pytest
@@ -13,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
-from bapo_kernels import inspect
+from bapo_kernels import inspect, triton_forward, triton_rows
 
 # 15 kernels an architecture, about a second each the first time: two in the quick run.
 ARCHITECTURES = [
@@ -39,6 +40,38 @@ def test_limits(architecture):
             assert row.registers <= 80, row
         if row.kernel == "rows+grad":
             assert row.stores_wide >= 1, row
+
+
+H100, RTX_4090, RTX_3060 = 132, 128, 28  # multiprocessors
+
+
+@pytest.mark.parametrize("processors", [H100, RTX_4090, RTX_3060])
+@pytest.mark.parametrize("vocabulary, width", [(128_256, 4096), (151_936, 2048), (256_000, 3584)])
+def test_chunks_fill_the_device(processors, vocabulary, width):
+    """The last wave of the second GEMM is 80% full or more, within a budget of 1 GiB."""
+    row_bytes = vocabulary * 6
+    rows = triton_rows.chunk_rows(row_bytes, width, triton_rows.DEFAULT_CHUNK_BYTES, processors)
+    assert rows >= 512 and rows * row_bytes <= 1 << 30
+    waves = (rows / 128) * (width / 128) / processors
+    assert waves / math.ceil(waves) >= 0.8, waves
+
+
+@pytest.mark.parametrize("budget, rows", [(1, 16), (50 * 6000, 48), (300 * 6000, 256)])
+def test_a_chunk_stays_within_its_budget(budget, rows):
+    assert triton_rows.chunk_rows(6000, 64, budget, H100) == rows
+
+
+@pytest.mark.parametrize("processors", [H100, RTX_4090, RTX_3060])
+@pytest.mark.parametrize("tokens", [64, 512, 2048, 8192, 24_576])
+@pytest.mark.parametrize("vocabulary", [49_152, 128_256, 151_936, 256_000, 32_003])
+def test_splits_fill_the_device(processors, tokens, vocabulary):
+    config = triton_forward.CONFIG
+    tiles = math.ceil(vocabulary / config["BLOCK_V"])
+    splits, per_split = triton_forward.split_plan(tokens, vocabulary, config, processors)
+    assert (splits - 1) * per_split < tiles <= splits * per_split  # all of them, and none empty
+    blocks = math.ceil(tokens / config["BLOCK_T"])
+    in_turn = math.ceil(blocks * splits / processors) * per_split
+    assert blocks * tiles / processors / in_turn >= 0.85
 
 
 def test_consumer_cards_are_held_to_99_kilobytes():

@@ -29,7 +29,7 @@ OPTIONS = [
     {"logit_scale": 0.3},
     {"bias": True, "logit_softcap": 3.0, "logit_scale": 1.7},
 ]
-PARTS = ["forward", "gradient", "long", "config"]
+PARTS = ["forward", "gradient", "long", "config", "masked"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
@@ -133,6 +133,37 @@ def part_config(torch):
         for a, b in zip(results[0], results[-1], strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
     return results
+
+
+def part_masked(torch):
+    """A bias of -inf takes a token out of the vocabulary, on either side of a block's end."""
+    from kernel_cases import make_case
+
+    from bapo_kernels import sequence_logprobs
+
+    found = []
+    for dtype, softcap in itertools.product((torch.float32, torch.bfloat16), (None, 3.0)):
+        case = make_case(9, 2500, 48, dtype=dtype, bias=True)
+        case["labels"] = case["labels"] % 2000
+        case["bias"][2000:2200] = -torch.inf
+        for gradient in (False, True):
+            leaf = case["hidden_states"].clone().requires_grad_(gradient)
+            triton, plain = (
+                sequence_logprobs(
+                    **{**case, "hidden_states": leaf},
+                    logit_softcap=softcap,
+                    return_entropy=True,
+                    backend=backend,
+                )
+                for backend in ("triton", "torch")
+            )
+            torch.testing.assert_close(triton.token_logps, plain.token_logps, atol=2e-5, rtol=0)
+            torch.testing.assert_close(triton.entropy, plain.entropy, atol=2e-5, rtol=0)
+            if gradient:
+                a, b = (torch.autograd.grad(r.sum.sum(), leaf)[0] for r in (triton, plain))
+                torch.testing.assert_close(a, b, atol=8e-3 * b.abs().max().item(), rtol=0)
+            found.append(triton)
+    return found
 
 
 if __name__ == "__main__":

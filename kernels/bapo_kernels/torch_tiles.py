@@ -42,10 +42,8 @@ def has_mixed_gemm(tensor: Tensor) -> bool:
     """Whether this device multiplies 16-bit matrices into an fp32 result by itself."""
     if not tensor.is_cuda or torch.version.cuda is None or tensor.dtype.itemsize != 2:
         return False
-    return tensor.dtype == torch.float16 or torch.cuda.get_device_capability(tensor.device) >= (
-        8,
-        0,
-    )
+    major, _ = torch.cuda.get_device_capability(tensor.device)
+    return tensor.dtype == torch.float16 or major >= 8
 
 
 def operand(tensor: Tensor) -> Tensor:

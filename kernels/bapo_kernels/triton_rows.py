@@ -17,6 +17,7 @@ BLOCK = 2048 over 8 warps is 8 logits a thread, two 16-byte loads in flight; the
 registers a logit, so that 4 programs fit an SM beside each other (table: bapo_kernels.inspect).
 """
 
+import functools
 import math
 from contextlib import nullcontext
 
@@ -144,6 +145,7 @@ def row_kernel(
             tl.store(grad + here, g.to(grad.dtype.element_ty), mask=inside)
 
 
+@functools.lru_cache  # the same for every batch of a model
 def chunk_rows(row_bytes: int, width: int, budget: int, processors: int) -> int:
     """Rows of a chunk within `budget` bytes: the fewest, from `_MIN_ROWS`, that fill the device in the
     second GEMM to 90%; where none do, those that fill it best.

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BAPOPlugin": "bapo_plugin.plugin",
     "BAPOConfig": "bapo_plugin.config",
-    "BAPOTrainer": "bapo_plugin.trainer",
+    "BAPOTrainer": "bapo_plugin.training.trainer",
     "bapo_loss": "bapo_plugin.loss",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -36,7 +36,7 @@ def route_evaluate_to_plugins() -> None:
 
         if not is_active(cfg):
             return original(cfg, tokenizer)
-        from bapo_plugin.data.load import prepare_rows
+        from bapo_plugin.prepare import prepare_rows
 
         return prepare_rows(cfg, tokenizer, evaluation=True)
 

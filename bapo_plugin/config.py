@@ -16,7 +16,7 @@ from pydantic import (
 
 from bapo_plugin.loss import AnchorLoss, AnchorPlacement, AnchorReduction
 
-TRAINER_CLS = "bapo_plugin.trainer.BAPOTrainer"
+TRAINER_CLS = "bapo_plugin.training.trainer.BAPOTrainer"
 
 
 class AnchorServerConfig(BaseModel):

@@ -83,10 +83,10 @@ class BAPOPlugin(BasePlugin):
         if not is_active(cfg):
             return None
         if not preprocess and not cfg.get("adapter"):
-            from bapo_plugin.reference import check_room_for_reference
+            from bapo_plugin.scoring.reference import check_room_for_reference
 
             check_room_for_reference(cfg)
-        from bapo_plugin.data.load import load_datasets
+        from bapo_plugin.prepare import load_datasets
 
         return load_datasets(cfg)
 

@@ -26,7 +26,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.anchors.engines import Request, TransformersEngine
+from bapo_plugin.answers.transformers import Request, TransformersEngine
 from bapo_plugin.config import AnchorsConfig
 
 ROOT = Path(__file__).parents[1]

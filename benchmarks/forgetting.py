@@ -52,11 +52,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.data.collator import SharedPrefixCollator, split_by_tokens
-from bapo_plugin.forward import ResponseForward, response_logits
-from bapo_plugin.reference import COLUMN, reference_mode
-from bapo_plugin.retention import FormerAnswer, former_answers, mean_and_error, measure
-from bapo_plugin.shared_prefix import install, uninstall
+from bapo_plugin.scoring.collator import SharedPrefixCollator, split_by_tokens
+from bapo_plugin.scoring.forward import ResponseForward, response_logits
+from bapo_plugin.scoring.reference import COLUMN, reference_mode
+from bapo_plugin.scoring.retention import FormerAnswer, former_answers, mean_and_error, measure
+from bapo_plugin.scoring.shared_prefix import install, uninstall
 
 ROOT = Path(__file__).parents[1]
 # no system message: it would be a third of the tokens

@@ -39,9 +39,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.data.collator import PaddedCollator
-from bapo_plugin.data.rows import tokenize_row
 from bapo_plugin.loss import ResponseLogps, bapo_loss
+from bapo_plugin.rows.tokens import tokenize_row
+from bapo_plugin.scoring.collator import PaddedCollator
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "yaml_examples/demo/personal_styles.jsonl"

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.data.load import open_sources
+from bapo_plugin.prepare import open_sources
 
 
 def training_args(output_dir, **changes):

@@ -22,8 +22,8 @@ from bapo_plugin.anchors.generate import (
     store_path,
 )
 from bapo_plugin.config import is_active
-from bapo_plugin.data.formats import GENERATED, GENERATED_CUT, Source
-from bapo_plugin.data.load import open_sources, reference_adapter
+from bapo_plugin.prepare import open_sources, reference_adapter
+from bapo_plugin.rows.strategies import GENERATED, GENERATED_CUT, Source
 from bapo_plugin.store import Store
 
 

@@ -21,18 +21,18 @@ from datasets import Sequence as SequenceFeature
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from bapo_plugin.anchors.engines import (
+from bapo_plugin.anchors.provenance import differences, fingerprint, provenance
+from bapo_plugin.answers.server import ServerEngine
+from bapo_plugin.answers.transformers import (
     Answer,
     Engine,
     Request,
     TransformersEngine,
     load_reference,
 )
-from bapo_plugin.anchors.provenance import differences, fingerprint, provenance
-from bapo_plugin.anchors.server import ServerEngine
 from bapo_plugin.config import AnchorsConfig, BAPOConfig, parse_block
-from bapo_plugin.data.formats import GENERATED, GENERATED_CUT, BaseRenderer, RowError, Source
-from bapo_plugin.data.rows import encode, report_rows
+from bapo_plugin.rows.strategies import GENERATED, GENERATED_CUT, BaseRenderer, RowError, Source
+from bapo_plugin.rows.tokens import encode, report_rows
 from bapo_plugin.store import Store
 
 LOG = get_logger("axolotl." + __name__)

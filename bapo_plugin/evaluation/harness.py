@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from bapo_plugin.anchors.engines import autocast
+from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.evaluation.subject import Subject
-from bapo_plugin.retention import mean_and_error
+from bapo_plugin.scoring.retention import mean_and_error
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 # what the paper measures; the first is a task of ours, the others are lm-eval's

@@ -10,14 +10,14 @@ import torch
 from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
-from bapo_plugin.anchors.engines import autocast
+from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.config import is_active
-from bapo_plugin.data.load import prepare_rows
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
 from bapo_plugin.evaluation.output import print_table, write
 from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
-from bapo_plugin.forward import response_logits
-from bapo_plugin.retention import (
+from bapo_plugin.prepare import prepare_rows
+from bapo_plugin.scoring.forward import response_logits
+from bapo_plugin.scoring.retention import (
     FormerAnswer,
     Retention,
     former_answers,

@@ -13,11 +13,11 @@ from axolotl.loaders import load_tokenizer
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from bapo_plugin.anchors.engines import load_reference
-from bapo_plugin.callbacks import RECORD
+from bapo_plugin.answers.transformers import load_reference
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import is_active
-from bapo_plugin.data.load import reference_adapter
+from bapo_plugin.prepare import reference_adapter
+from bapo_plugin.training.callbacks import RECORD
 
 
 @dataclass

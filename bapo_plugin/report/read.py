@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 TRAINER_CLS = (
-    "bapo_plugin.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
+    "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
 )
 RESPONSES = ("chosen", "base", "rejected")
 # methods of TRL whose rewards are β · (log π_θ − log π_ref); those of CPO, ORPO and SimPO have no reference

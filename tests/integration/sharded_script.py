@@ -15,9 +15,9 @@ from ddp_script import ZERO3
 from tiny import make_model, make_rows, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
-from bapo_plugin.data.collator import PaddedCollator
-from bapo_plugin.data.rows import tokenize_row
-from bapo_plugin.forward import ResponseForward
+from bapo_plugin.rows.tokens import tokenize_row
+from bapo_plugin.scoring.collator import PaddedCollator
+from bapo_plugin.scoring.forward import ResponseForward
 
 
 def shard_fsdp2(model):

@@ -15,10 +15,10 @@ import torch
 from helpers import BIN, anchor_sources, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
-from bapo_plugin.anchors.engines import Request
 from bapo_plugin.anchors.generate import add_anchors
-from bapo_plugin.anchors.server import ServerEngine, ServerError
-from bapo_plugin.data.formats import GENERATED, GENERATED_CUT
+from bapo_plugin.answers.server import ServerEngine, ServerError
+from bapo_plugin.answers.transformers import Request
+from bapo_plugin.rows.strategies import GENERATED, GENERATED_CUT
 
 ROWS = 12
 

@@ -16,11 +16,11 @@ from helpers import anchor_sources, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
 from bapo_plugin.anchors import generate
-from bapo_plugin.anchors.engines import Request, TransformersEngine, _SeededSampling
 from bapo_plugin.anchors.generate import add_anchors, explain, make_plan, store_path
+from bapo_plugin.answers.transformers import Request, TransformersEngine, _SeededSampling
 from bapo_plugin.config import AnchorsConfig
-from bapo_plugin.data.formats import GENERATED, GENERATED_CUT
-from bapo_plugin.data.load import prepare_rows
+from bapo_plugin.prepare import prepare_rows
+from bapo_plugin.rows.strategies import GENERATED, GENERATED_CUT
 from bapo_plugin.store import Store, StoreDamaged
 
 SCRIPT = Path(__file__).with_name("anchors_script.py")

@@ -5,8 +5,8 @@ import torch
 from helpers import lora_model, randomize_lora
 from tiny import FAMILIES, make_model
 
-from bapo_plugin.data.collator import PaddedCollator
-from bapo_plugin.forward import ResponseForward
+from bapo_plugin.scoring.collator import PaddedCollator
+from bapo_plugin.scoring.forward import ResponseForward
 
 ROWS = [
     {

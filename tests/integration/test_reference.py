@@ -22,7 +22,7 @@ from helpers import (
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.reference import COLUMN
+from bapo_plugin.scoring.reference import COLUMN
 from bapo_plugin.store import StoreDamaged
 
 SCRIPT = Path(__file__).with_name("reference_script.py")

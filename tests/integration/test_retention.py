@@ -8,10 +8,10 @@ from helpers import bapo_trainer, lora_model, randomize_lora
 from tiny import make_model, make_rows, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
-from bapo_plugin import retention
-from bapo_plugin.forward import response_logits
-from bapo_plugin.reference import reference_mode
-from bapo_plugin.retention import (
+from bapo_plugin.scoring import retention
+from bapo_plugin.scoring.forward import response_logits
+from bapo_plugin.scoring.reference import reference_mode
+from bapo_plugin.scoring.retention import (
     former_answers,
     greedy_answers,
     held_out_answers,

@@ -18,10 +18,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 from torch.overrides import TorchFunctionMode
 
-from bapo_plugin import BAPOConfig, BAPOTrainer, shared_prefix
-from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, split_by_tokens
-from bapo_plugin.forward import ResponseForward
-from bapo_plugin.shared_prefix import Layout, Segment, install, refusal, self_check, uninstall
+from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.scoring import shared_prefix
+from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, split_by_tokens
+from bapo_plugin.scoring.forward import ResponseForward
+from bapo_plugin.scoring.layouts import refusal, self_check
+from bapo_plugin.scoring.shared_prefix import Layout, Segment, install, uninstall
 
 NAMES = ("chosen", "rejected", "base")
 # more families than the rest of the tests need; what makes each of them small or special

@@ -21,7 +21,7 @@ from tiny import make_model, make_rows, make_tokenizer
 from trl import DPOTrainer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.shared_prefix import install
+from bapo_plugin.scoring.shared_prefix import install
 
 
 def trl_trainer(tmp_path, model, rows, cls=DPOTrainer, **changes):

@@ -13,7 +13,7 @@ from axolotl.prompt_strategies.dpo import load as load_strategy
 from axolotl.utils.dict import DictDefault
 from tiny import make_tokenizer
 
-from bapo_plugin.data.formats import BaseRenderer, RowError
+from bapo_plugin.rows.strategies import BaseRenderer, RowError
 
 CHOSEN, REJECTED, BASE = "arr the sea be blue", "the sea is blue", "It is blue. "
 

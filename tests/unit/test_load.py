@@ -7,8 +7,8 @@ import pytest
 from axolotl.utils.dict import DictDefault
 from tiny import make_rows, write_jsonl
 
-from bapo_plugin.data import load as module
-from bapo_plugin.data.load import load_datasets, prepare_rows
+from bapo_plugin import prepare as module
+from bapo_plugin.prepare import load_datasets, prepare_rows
 
 ERROR = {"anchors": {"on_missing": "error"}}
 

@@ -3,9 +3,9 @@
 import pytest
 from tiny import make_tokenizer
 
-from bapo_plugin.data.collator import PaddedCollator, num_rows
-from bapo_plugin.data.formats import RowError
-from bapo_plugin.data.rows import fit_length, tokenize_row
+from bapo_plugin.rows.strategies import RowError
+from bapo_plugin.rows.tokens import fit_length, tokenize_row
+from bapo_plugin.scoring.collator import PaddedCollator, num_rows
 
 ROW = {
     "prompt": "tell me about the sea ",
@@ -132,7 +132,7 @@ def torch_equal(a, b):
 def test_collator_docstring():
     import doctest
 
-    import bapo_plugin.data.collator as module
+    import bapo_plugin.scoring.collator as module
 
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

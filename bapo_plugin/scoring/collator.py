@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bapo_plugin.data.rows import IDS, RESPONSES
-from bapo_plugin.shared_prefix import Layout, Segment
+from bapo_plugin.rows.tokens import IDS, RESPONSES
+from bapo_plugin.scoring.shared_prefix import Layout, Segment
 
 
 @dataclass

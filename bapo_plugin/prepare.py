@@ -35,8 +35,15 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from bapo_plugin import __version__
 from bapo_plugin.anchors.generate import add_anchors, anchors_key
 from bapo_plugin.anchors.provenance import tokenizer_hash
-from bapo_plugin.data.formats import BaseRenderer, Source
-from bapo_plugin.data.rows import FEATURES, IDS, apply_policy, faulty_rows, prepare_row, report_rows
+from bapo_plugin.rows.strategies import BaseRenderer, Source
+from bapo_plugin.rows.tokens import (
+    FEATURES,
+    IDS,
+    apply_policy,
+    faulty_rows,
+    prepare_row,
+    report_rows,
+)
 
 LOG = get_logger("axolotl." + __name__)
 

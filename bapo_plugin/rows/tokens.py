@@ -6,7 +6,7 @@ from typing import Any, Literal
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, Sequence, Value
 
-from bapo_plugin.data.formats import RowError
+from bapo_plugin.rows.strategies import RowError
 
 LOG = get_logger("axolotl." + __name__)
 

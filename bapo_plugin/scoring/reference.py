@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
 from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
-from bapo_plugin.data.rows import IDS, RESPONSES
+from bapo_plugin.rows.tokens import IDS, RESPONSES
 from bapo_plugin.store import Store
 
 _NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bapo_kernels import sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
-from bapo_plugin.shared_prefix import packed
+from bapo_plugin.scoring.shared_prefix import packed
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
@@ -71,7 +71,7 @@ class ResponseForward:
         Args:
             model: as the trainer calls it, perhaps wrapped (DDP, FSDP, DeepSpeed).
             unwrapped: the model inside.
-            batch: see `bapo_plugin.data.collator`.
+            batch: see `bapo_plugin.scoring.collator`.
             model_kwargs: more keyword arguments of the model's forward.
 
         Raises:
@@ -179,7 +179,7 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     Args:
         model: unwrapped.
-        batch: input_ids, attention_mask, response_index; see `bapo_plugin.data.collator`.
+        batch: input_ids, attention_mask, response_index; see `bapo_plugin.scoring.collator`.
     """
     kwargs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL} | {"use_cache": False}
     head = model.get_output_embeddings()

@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from bapo_plugin import __version__
 from bapo_plugin.compat import disable_gradient_checkpointing
 from bapo_plugin.config import RetentionConfig
-from bapo_plugin.forward import response_logits
-from bapo_plugin.reference import evaluating, reference_mode
-from bapo_plugin.retention import (
+from bapo_plugin.scoring.forward import response_logits
+from bapo_plugin.scoring.reference import evaluating, reference_mode
+from bapo_plugin.scoring.retention import (
     FormerAnswer,
     former_answers,
     held_out_answers,
@@ -30,7 +30,7 @@ from bapo_plugin.retention import (
 )
 
 if TYPE_CHECKING:
-    from bapo_plugin.trainer import BAPOTrainer
+    from bapo_plugin.training.trainer import BAPOTrainer
 
 LOG = get_logger("axolotl." + __name__)
 

@@ -21,10 +21,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from bapo_plugin.anchors.engines import Request, TransformersEngine
+from bapo_plugin.answers.transformers import Request, TransformersEngine
 from bapo_plugin.config import AnchorsConfig
-from bapo_plugin.data.collator import pad_sequences
-from bapo_plugin.data.rows import encode
+from bapo_plugin.rows.tokens import encode
+from bapo_plugin.scoring.collator import pad_sequences
 
 # a batch keeps [tokens × vocabulary] log-probs of two models, in fp32
 _LOGITS_BYTES = 256 * 2**20

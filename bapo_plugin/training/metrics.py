@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from bapo_plugin.data.rows import RESPONSES
 from bapo_plugin.loss import BAPOLoss, ResponseLogps
+from bapo_plugin.rows.tokens import RESPONSES
 
 
 def row_metrics(

@@ -11,7 +11,7 @@ import httpx
 import torch
 from axolotl.utils.logging import get_logger
 
-from bapo_plugin.anchors.engines import Answer, Request, TransformersEngine, autocast, seed_of
+from bapo_plugin.answers.transformers import Answer, Request, TransformersEngine, autocast, seed_of
 from bapo_plugin.config import AnchorsConfig
 
 LOG = get_logger("axolotl." + __name__)

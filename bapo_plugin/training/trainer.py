@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.callbacks import RetentionCallback, RunRecord
 from bapo_plugin.compat import disable_gradient_checkpointing, keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.data.collator import PaddedCollator, SharedPrefixCollator, num_rows
-from bapo_plugin.data.rows import (
+from bapo_plugin.loss import PREFERENCE_LOSSES, ResponseLogps, bapo_loss
+from bapo_plugin.rows.tokens import (
     FEATURES,
     IDS,
     TEXTS,
@@ -33,17 +32,19 @@ from bapo_plugin.data.rows import (
     prepare_row,
     report_rows,
 )
-from bapo_plugin.forward import ResponseForward
-from bapo_plugin.loss import PREFERENCE_LOSSES, ResponseLogps, bapo_loss
-from bapo_plugin.metrics import RowMetrics, Throughput, row_metrics
-from bapo_plugin.reference import (
+from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, num_rows
+from bapo_plugin.scoring.forward import ResponseForward
+from bapo_plugin.scoring.layouts import refusal, self_check
+from bapo_plugin.scoring.reference import (
     COLUMN,
     ReferenceCache,
     evaluating,
     reference_mode,
     weights_key,
 )
-from bapo_plugin.shared_prefix import install, refusal, self_check, uninstall, unwrap_peft
+from bapo_plugin.scoring.shared_prefix import install, uninstall, unwrap_peft
+from bapo_plugin.training.callbacks import RetentionCallback, RunRecord
+from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -77,7 +78,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         logps/chosen|rejected|base          log π_θ, nats a response
         drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
         anchor/active                       share of rows whose anchor is pulling
-        retention/*                         with `bapo.retention`, see `bapo_plugin.retention`
+        retention/*                         with `bapo.retention`, see `bapo_plugin.scoring.retention`
         tokens/s, sharing, packing          tokens computed a second; share of tokens that sharing the prompt
                                             saved; share of computed tokens that are not padding
     """

@@ -7,13 +7,12 @@ causal attention, then rejected and base, whose queries see the keys of [prompt,
 gathered keys an index is a position, so sliding windows need nothing special, and autograd adds up what
 the responses send back to the prompt. The numbers are those of three separate rows.
 
-That holds only for models whose tokens meet nowhere but in attention. `refusal` names the families,
-by their config, where it can't hold; `self_check` then proves it on the model as it is loaded.
+That holds only for models whose tokens meet nowhere but in attention; `scoring/layouts.py` decides where.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -348,111 +347,3 @@ def packed(model: nn.Module, layout: Layout | None):
         yield
     finally:
         _PACKED.reset(token)
-
-
-# ---------------------------------------------------------------- may it be used
-
-
-def refusal(model: nn.Module) -> str | None:
-    """Why this model can't share a prompt, by its config; None where nothing speaks against it.
-
-    Args:
-        model: a transformers model, or one wrapped by PEFT.
-    """
-    inner = unwrap_peft(model)
-    config = getattr(inner, "config", None)
-    if config is None or not hasattr(inner, "set_attn_implementation"):
-        return f"{type(inner).__name__} is not a transformers model"
-    name = type(inner).__name__
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder"
-    try:
-        can_set = inner._can_set_attn_implementation()
-    except (OSError, AttributeError, TypeError):  # no source to look at
-        can_set = False
-    if not can_set:
-        return f"{name} has attention of its own that can't be replaced"
-    kinds = set(
-        getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    )
-    if other := kinds - {"full_attention", "sliding_attention", "attention"}:
-        return f"{name} has layers in which tokens meet outside attention or otherwise ({', '.join(sorted(other))})"
-    for key in ("alibi", "use_alibi"):
-        if getattr(text, key, None):
-            return f"{name} has ALiBi positions"
-    if getattr(getattr(text, "attn_config", None), "alibi", False):
-        return f"{name} has ALiBi positions"
-    for key in _STATE_KEYS:
-        if getattr(text, key, None):
-            return f"{name} has {key} in its config: not attention alone"
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for scaling in scalings:
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind in ("dynamic", "longrope"):
-            return (
-                f"{name} has {kind} rotary positions, which depend on the longest position in a row"
-            )
-    if getattr(text, "use_bidirectional_attention", None) not in (None, False):
-        return f"{name} has bidirectional attention"
-    return None
-
-
-_STATE_KEYS = (
-    *("ssm_cfg", "mamba_d_state", "mamba_d_conv", "ssm_state_size", "state_size", "conv_kernel"),
-    *("conv_L_cache", "linear_num_key_heads", "attention_chunk_size", "lru_width", "rescale_every"),
-)
-
-
-def self_check(
-    run: Callable[[Sequence[dict], bool], tuple[Tensor, int]],
-    num_layers: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-) -> str | None:
-    """Prove on a loaded model that sharing changes nothing. None where it holds, else what failed.
-
-    Args:
-        run: (rows, shared) -> log-probs [3n] of the rows' responses, and how often an attention layer got
-            the layout.
-        num_layers: attention layers of the model.
-        vocab_size: token ids to draw from.
-        dtype: of the computation, which decides what rounding may do.
-    """
-    rows = _check_rows(vocab_size)
-    separate, _ = run(rows, False)
-    shared, calls = run(rows, True)
-    if calls != num_layers:
-        return f"{calls} of {num_layers} attention layers got the layout"
-    if not shared.isfinite().all():
-        return "log-probs are not finite"
-    tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(dtype, 1.0)
-    difference = (shared - separate).abs().max().item()
-    if difference > tolerance:
-        return f"log-probs differ by {difference:.3g} nats from those of separate rows"
-    # what one response says must not reach the others, nor the next example
-    exact = {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.25)
-    n = len(rows)
-    for number, name in enumerate(("chosen_ids", "rejected_ids", "base_ids")):
-        changed = [dict(row) for row in rows]
-        changed[0][name] = [(token * 7 + 3) % vocab_size for token in rows[0][name]]
-        moved = (run(changed, True)[0] - shared).abs()
-        own = moved[number * n].item()
-        moved[number * n] = 0
-        if moved.max().item() > exact:
-            return f"a change of one response moves another by {moved.max().item():.3g} nats"
-        if own == 0:
-            return "a change of a response doesn't move its own log-prob"
-    return None
-
-
-def _check_rows(vocab_size: int) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
-
-    lengths = ((9, 5, 3, 6), (4, 2, 7, 4))
-    names = ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
-    return [dict(zip(names, map(ids, row), strict=True)) for row in lengths]

@@ -1,0 +1,1 @@
+"""How a model answers prompts: one way for base responses, retention and evaluation."""

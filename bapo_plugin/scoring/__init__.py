@@ -1,0 +1,1 @@
+"""Rows of tokens to log-probs of policy and reference."""

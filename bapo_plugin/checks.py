@@ -5,11 +5,12 @@ validates the rest.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bapo_plugin.config import TRAINER_CLS, BAPOConfig, parse_block
 from bapo_plugin.loss import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+from bapo_plugin.rows.entries import check_entry
 
 # ways to initialise LoRA that leave the weights below it as they are
 _INITS = ("gaussian", "eva", "orthogonal")
@@ -26,6 +27,9 @@ _REFUSED = {
     "eval_sample_packing": "a preference row can't be packed with others by axolotl's packer; remove the line",
     "streaming": "rows must be checked and tokenised before training; remove the line",
     "rl_adapter_ref_model": "the model with its adapter switched off is the reference; remove the line",
+    "push_dataset_to_hub": "rows with base responses are kept here only; write them with `bapo anchors CONFIG --output FILE` "
+    "and push that file, or remove the line",
+    "num_dataset_shards_to_save": "prepared rows are kept in files of the size that `datasets` chooses; remove the line",
     "torch_compile": "compiling the model is not supported by this version; remove the line",
 }
 
@@ -49,8 +53,11 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
     except ValueError as error:
         problems.append(str(error))
 
-    trl = cfg.get("trl") or {}
+    trl = _block(cfg, "trl", problems)
     precompute = cfg.get("precompute_ref_log_probs")
+    if precompute not in (None, True, False):
+        problems.append(f"precompute_ref_log_probs: {precompute!r} must be true or false")
+        precompute = None
     if precompute is not None:
         if bapo.precompute_ref_log_probs not in (None, precompute):
             problems.append(
@@ -71,18 +78,22 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
     for key, why in _REFUSED.items():
         if cfg.get(key):
             problems.append(f"{key}: {cfg[key]} does not work with rl: bapo: {why}")
-    problems += _check_preference_loss(cfg)
-    if (cfg.get("context_parallel_size") or cfg.get("sequence_parallel_degree") or 1) > 1:
-        problems.append(
-            "context_parallel_size > 1 would split a response over GPUs; remove the line"
-        )
-    problems += _check_adapter(cfg)
+    problems += _check_preference_loss(cfg, trl)
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        value = cfg.get(key)
+        if value is not None and not _number(value) <= 1:
+            problems.append(
+                f"{key}: {value!r} would split a response over GPUs; remove the line"
+                if _number(value) > 1
+                else f"{key}: {value!r} must be a number; remove the line"
+            )
+    problems += _check_adapter(cfg, _block(cfg, "peft", problems))
     if cfg.get("trainer_cls") not in (None, TRAINER_CLS):
         problems.append(
             f"trainer_cls: {cfg['trainer_cls']} can't be combined with rl: bapo, which is a trainer of its "
             "own; remove one of the two"
         )
-    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
+    if _block(cfg, "accelerator_config", problems).get("dispatch_batches"):
         problems.append(
             "accelerator_config.dispatch_batches: true would cut batches between the responses of a row; "
             "remove the line"
@@ -90,17 +101,20 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
     if not cfg.get("datasets"):
         problems.append("datasets: is empty; name at least one preference data set")
     for split in ("datasets", "test_datasets"):
-        for i, entry in enumerate(cfg.get(split) or []):
-            if not isinstance(entry, Mapping) or not entry.get("path"):
-                problems.append(
-                    f"{split}[{i}]: {entry!r} must be a block with at least `path:` and `type:`"
-                )
+        entries = cfg.get(split) or []
+        if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
+            problems.append(
+                f"{split}: {entries!r} must be a list of blocks with `path:` and `type:`"
+            )
+            continue
+        for i, entry in enumerate(entries):
+            problems += check_entry(f"{split}[{i}]", entry)
     if problems:
         raise ValueError("rl: bapo can't run with this configuration:\n- " + "\n- ".join(problems))
     return bapo
 
 
-def _check_adapter(cfg: Mapping[str, Any]) -> list[str]:
+def _check_adapter(cfg: Mapping[str, Any], peft: Mapping[str, Any]) -> list[str]:
     problems = []
     adapter = cfg.get("adapter")
     if not adapter and (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
@@ -115,12 +129,12 @@ def _check_adapter(cfg: Mapping[str, Any]) -> list[str]:
             "adapter: llama-adapter can't be switched off for the reference; use lora or qlora"
         )
     init = cfg.get("peft_init_lora_weights")
-    if init not in (None, True, False, *_INITS):
+    if not isinstance(init, str | bool | None) or init not in (None, True, False, *_INITS):
         problems.append(
             f"peft_init_lora_weights: {init} changes the weights below the adapter, so that the model with "
             f"its adapter off is no longer the model you started from; use true, {', '.join(_INITS)}"
         )
-    if (cfg.get("peft") or {}).get("loftq_config") or cfg.get("loftq_config"):
+    if peft.get("loftq_config") or cfg.get("loftq_config"):
         problems.append(
             "peft.loftq_config changes the weights below the adapter, so that the model with its adapter "
             "off is no longer the model you started from; remove the block"
@@ -128,14 +142,19 @@ def _check_adapter(cfg: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
+def _check_preference_loss(cfg: Mapping[str, Any], trl: Mapping[str, Any]) -> list[str]:
     problems = []
-    trl = cfg.get("trl") or {}
     beta = cfg.get("rl_beta") if cfg.get("rl_beta") is not None else trl.get("beta")
     if beta is not None and not _number(beta) > 0:
         problems.append(f"rl_beta: {beta!r} must be a number above 0; the usual value is 0.1")
     loss_types = cfg.get("dpo_loss_type") or ["sigmoid"]
-    loss_types = [loss_types] if isinstance(loss_types, str) else list(loss_types)
+    loss_types = [loss_types] if isinstance(loss_types, str) else loss_types
+    if not isinstance(loss_types, list | tuple) or any(not isinstance(n, str) for n in loss_types):
+        problems.append(
+            f"dpo_loss_type: {loss_types!r} must be a name or a list of names; possible are "
+            f"{', '.join(PREFERENCE_LOSSES)}"
+        )
+        loss_types = []
     for name in loss_types:
         if name not in PREFERENCE_LOSSES:
             problems.append(
@@ -143,7 +162,11 @@ def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
                 f"possible are {', '.join(PREFERENCE_LOSSES)}"
             )
     weights = cfg.get("dpo_loss_weights")
-    if weights is not None and len(weights) != len(loss_types):
+    if weights is not None and (
+        not isinstance(weights, list | tuple)
+        or len(weights) != len(loss_types)
+        or any(math.isnan(_number(weight)) for weight in weights)
+    ):
         problems.append(
             f"dpo_loss_weights: {weights} must have one number for each of the {len(loss_types)} losses in "
             f"dpo_loss_type: {loss_types}"
@@ -162,6 +185,15 @@ def _check_preference_loss(cfg: Mapping[str, Any]) -> list[str]:
             "dpo_loss_type: exo_pair needs `dpo_label_smoothing: 0.001` (or another > 0)"
         )
     return problems
+
+
+def _block(cfg: Mapping[str, Any], key: str, problems: list[str]) -> Mapping[str, Any]:
+    """A block of the YAML; where something else stands there, that is a problem, and an empty one is given."""
+    value = cfg.get(key)
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    problems.append(f"{key}: {value!r} must be a block of settings; mend or remove it")
+    return {}
 
 
 def _number(value: Any) -> float:

@@ -60,7 +60,7 @@ def anchors(
         _fail(f"--output: {output} must end in .jsonl or .parquet")
     if output and not output.parent.is_dir():
         _fail(f"--output: there is no folder {output.parent}")
-    from bapo_plugin.anchors.command import explain_anchors, write_anchors
+    from bapo_plugin.commands.anchors import explain_anchors, write_anchors
 
     try:
         if explain:

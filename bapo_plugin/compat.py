@@ -1,5 +1,6 @@
 """Every difference between supported versions and faults of theirs to work around, nothing else."""
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -18,11 +19,17 @@ __all__ = [
 ]
 
 
-def route_evaluate_to_plugins() -> None:
-    """Let `axolotl evaluate` load BAPO rows as `train` and `preprocess` do.
+def route_evaluate_to_plugins(
+    is_ours: Callable[[Any], bool], prepare: Callable[[Any, Any], tuple[Any, Any]]
+) -> None:
+    """Let `axolotl evaluate` load rows as `train` and `preprocess` do.
 
     Those two ask plugins for the data sets; `evaluate` (0.19 to 0.21) doesn't. Configurations that
     are not ours pass through untouched.
+
+    Args:
+        is_ours: whether a configuration is.
+        prepare: (configuration, tokenizer) -> training and held-out rows.
     """
     from axolotl.common import datasets
 
@@ -32,13 +39,7 @@ def route_evaluate_to_plugins() -> None:
 
     @wraps(original)
     def prepare_preference_datasets(cfg, tokenizer):
-        from bapo_plugin.config import is_active
-
-        if not is_active(cfg):
-            return original(cfg, tokenizer)
-        from bapo_plugin.prepare import prepare_rows
-
-        return prepare_rows(cfg, tokenizer, evaluation=True)
+        return prepare(cfg, tokenizer) if is_ours(cfg) else original(cfg, tokenizer)
 
     prepare_preference_datasets._bapo = True
     datasets.prepare_preference_datasets = prepare_preference_datasets

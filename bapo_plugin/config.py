@@ -1,15 +1,17 @@
 """The `bapo:` block of the YAML. Defaults live here and nowhere else."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -19,10 +21,22 @@ from bapo_plugin.loss import AnchorLoss, AnchorPlacement, AnchorReduction
 TRAINER_CLS = "bapo_plugin.training.trainer.BAPOTrainer"
 
 
-class AnchorServerConfig(BaseModel):
-    """`bapo.anchors.server`: an OpenAI-compatible endpoint that serves the reference model."""
+class _Block(BaseModel):
+    """A block of settings: unknown keys are refused, and YAML's yes and no are no numbers."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and re.search(r"\b(int|float)\b", kind):
+            raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+        return value
+
+
+class AnchorServerConfig(_Block):
+    """`bapo.anchors.server`: an OpenAI-compatible endpoint that serves the reference model."""
 
     url: str = Field(
         pattern="^https?://",
@@ -67,10 +81,8 @@ class AnchorServerConfig(BaseModel):
     )
 
 
-class AnchorsConfig(BaseModel):
+class AnchorsConfig(_Block):
     """`bapo.anchors`: how missing base responses are made."""
-
-    model_config = ConfigDict(extra="forbid")
 
     on_missing: Literal["generate", "error", "skip"] = Field(
         default="generate",
@@ -158,10 +170,8 @@ class AnchorsConfig(BaseModel):
         return self
 
 
-class RetentionConfig(BaseModel):
+class RetentionConfig(_Block):
     """`bapo.retention`: measure forgetting while training."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompts: int | str = Field(
         json_schema_extra={
@@ -196,15 +206,17 @@ class RetentionConfig(BaseModel):
     def _number_or_file(cls, value):
         if isinstance(value, bool) or not isinstance(value, int | str) or value in (0, ""):
             raise ValueError("must be a number of held-out rows, or a .txt or .jsonl file")
+        if isinstance(value, str) and not value.endswith((".txt", ".jsonl")):
+            raise ValueError(
+                "must be a number of held-out rows, without quotes, or the name of a .txt or .jsonl file"
+            )
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1")
         return value
 
 
-class BAPOConfig(BaseModel):
+class BAPOConfig(_Block):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     anchor_weight: float = Field(
         default=0.03,
@@ -278,13 +290,13 @@ class BAPOConfig(BaseModel):
             "not sharded (FSDP, ZeRO-3). axolotl's own key `precompute_ref_log_probs` sets it too."
         },
     )
-    field_base: str | None = Field(
+    field_base: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(
         default=None,
-        min_length=1,
         json_schema_extra={
             "description": "Column with the base response, for every data set that has no `field_base` of its "
             "own: a string, a message or a list of messages (its last one is taken). Default: base, and where "
-            "there is no such column or a cell is empty, the response is generated"
+            "there is no such column or a cell is empty, the response is generated. false: have all generated, also "
+            "where a column `base` means something else."
         },
     )
     anchors: AnchorsConfig = Field(
@@ -297,11 +309,18 @@ class BAPOConfig(BaseModel):
             "description": "Log how well the model keeps its former answers during training: `RetentionConfig`."
         },
     )
-    dataset_field_base: dict[str, list[str | None]] | None = Field(
+    on_faulty: Literal["error", "drop"] = Field(
+        default="error",
+        json_schema_extra={
+            "description": "Rows that can't be used. error: list them and stop. drop: leave them out, counted. Either way all "
+            "of them are written to bapo-faulty-rows.jsonl in dataset_prepared_path, with reasons."
+        },
+    )
+    entries: dict[str, list[dict[str, Any]]] | None = Field(
         default=None,
         json_schema_extra={
-            "description": "Filled in by the plugin from `field_base` of each entry in `datasets:` and "
-            "`test_datasets:`; do not set it."
+            "description": "Filled in by the plugin with the entries of `datasets:` and `test_datasets:` as written; do not "
+            "set it."
         },
     )
 
@@ -357,7 +376,7 @@ def _explain(error: Any) -> str:
             return f"{key}: a key doesn't belong into a YAML; set the environment variable OPENAI_API_KEY"
         fields = _BLOCKS.get(error["loc"][:-1], BAPOConfig).model_fields
         near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
-        known = ", ".join(k for k in fields if k != "dataset_field_base")
+        known = ", ".join(k for k in fields if k != "entries")
         hint = f"did you mean {near[0]}?" if near else f"known keys are {known}"
         return f"{key}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
@@ -381,3 +400,5 @@ class BAPOTrainingArgs:
     bapo_adapter_dir: str | None = None
     # where reference log-probs are kept
     bapo_cache_dir: str | None = None
+    # what a chat template that writes the date gets to hear (ISO)
+    bapo_now: str | None = None

@@ -6,6 +6,7 @@ axolotl's own loading, saving, merging and inference apply unchanged. With any o
 plugin does nothing.
 """
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,9 @@ class BAPOPlugin(BasePlugin):
         from bapo_plugin.compat import route_evaluate_to_plugins
 
         bapo = check_config(cfg).model_dump(exclude_none=True)
-        # axolotl's data set schema drops keys that it doesn't know, so `field_base` is kept here
-        bapo["dataset_field_base"] = {
-            split: [_take_field_base(entry) for entry in cfg[split]]
+        # axolotl's data set schema drops keys that it doesn't know, also of its own; they are kept here
+        bapo["entries"] = {
+            split: [_take_entry(entry) for entry in cfg[split]]
             for split in ("datasets", "test_datasets")
             if cfg.get(split)
         }
@@ -51,7 +52,7 @@ class BAPOPlugin(BasePlugin):
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER_CLS
         cfg.pop("precompute_ref_log_probs", None)  # `bapo` has it; TRL's knows no base responses
-        route_evaluate_to_plugins()
+        route_evaluate_to_plugins(is_active, _rows_to_evaluate)
 
     def get_input_args(self) -> str:
         return "bapo_plugin.config.BAPOArgs"
@@ -62,11 +63,15 @@ class BAPOPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict | None:
         if not is_active(cfg):
             return None
+        from bapo_plugin.prepare import template_date
+
+        now = template_date(cfg)
         return {
             "bapo": dict(cfg["bapo"]),
             "bapo_has_adapter": bool(cfg.get("adapter")),
             "bapo_adapter_dir": cfg.get("lora_model_dir"),
             "bapo_cache_dir": cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH,
+            "bapo_now": now and now.isoformat(),
         }
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -75,7 +80,7 @@ class BAPOPlugin(BasePlugin):
             trainer.record.config = _as_written(cfg)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
-        """Load, check, render and tokenise the rows (see `bapo_plugin.data`), before a model is loaded.
+        """Load, check, render and tokenise the rows (see `bapo_plugin.prepare`), before a model is loaded.
 
         Raises:
             ValueError: faulty rows, or no room for a reference model.
@@ -91,6 +96,12 @@ class BAPOPlugin(BasePlugin):
         return load_datasets(cfg)
 
 
+def _rows_to_evaluate(cfg: Any, tokenizer: Any) -> Any:
+    from bapo_plugin.prepare import prepare_rows
+
+    return prepare_rows(cfg, tokenizer, evaluation=True)
+
+
 def _as_written(cfg: Any) -> dict:
     """The keys of the user's YAML, with what the command line made of them."""
     path = Path(cfg.get("axolotl_config_path") or "")
@@ -103,8 +114,14 @@ def _as_written(cfg: Any) -> dict:
     return written | changed | {"rl": "bapo", "bapo": written.get("bapo") or {}}
 
 
-def _take_field_base(dataset: Any) -> str | None:
-    """Remove and return `field_base` of a data set entry, beside `type:` or inside it."""
-    inner = dataset.get("type")
+def _take_entry(entry: Any) -> dict[str, Any]:
+    """The keys of a data set's entry as written; `field_base` is taken out of what axolotl validates, wherever it
+    stands."""
+    kept = copy.deepcopy(dict(entry))
+    inner = entry.get("type")
     found = inner.pop("field_base", None) if isinstance(inner, dict) else None
-    return dataset.pop("field_base", None) or found
+    kept["field_base"] = kept.get("field_base") if kept.get("field_base") is not None else found
+    if isinstance(kept.get("type"), dict):
+        kept["type"].pop("field_base", None)
+    entry.pop("field_base", None)
+    return {key: value for key, value in kept.items() if value is not None}

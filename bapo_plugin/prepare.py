@@ -1,9 +1,9 @@
-"""The data sets of a configuration, as tokenised rows.
+"""From a configuration to tokenised rows.
 
-axolotl loads (local files, hub, cloud), renders, merges, shuffles and splits; in between, every row
-is checked, gets its base response rendered and is tokenised. All faulty rows are reported in one
-message before a model is loaded. The result is kept under `dataset_prepared_path`, under a key of
-everything that it depends on: the data, the strategy, the tokenizer, the length policy, our version.
+axolotl loads data sets (local files, hub, cloud); each row is read, rendered, checked and tokenised once, in
+`dataset_num_proc` processes. All faulty rows are reported in one message before a model is loaded. Then the
+base responses that rows lack are made, for all data sets together, and put into the rows as the tokens that the
+model gave. The result is kept under `dataset_prepared_path`, under a key of everything that it depends on.
 """
 
 import hashlib
@@ -12,40 +12,51 @@ import json
 import math
 import os
 import shutil
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.dpo import load as load_strategy
-from axolotl.utils.data.lock import FileLockLoader
-from axolotl.utils.data.shared import (
-    create_train_validation_split,
-    datasets_with_name_generator,
-    load_dataset_with_config,
-    merge_datasets,
-)
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.data.shared import merge_datasets
 from axolotl.utils.data.utils import deduplicate_and_log_datasets
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, load_from_disk
+from filelock import FileLock
 
-from bapo_plugin import __version__
-from bapo_plugin.anchors.generate import add_anchors, anchors_key
-from bapo_plugin.anchors.provenance import tokenizer_hash
-from bapo_plugin.rows.strategies import BaseRenderer, Source
-from bapo_plugin.rows.tokens import (
-    FEATURES,
-    IDS,
-    apply_policy,
-    faulty_rows,
-    prepare_row,
-    report_rows,
-)
+from bapo_plugin.anchors.generate import make_missing, remember_rows
+from bapo_plugin.anchors.plan import make_plan, usable, with_keys
+from bapo_plugin.anchors.provenance import fingerprint, provenance, tokenizer_hash
+from bapo_plugin.answers.engine import Engine, Sampling
+from bapo_plugin.answers.server import ServerEngine
+from bapo_plugin.answers.stops import all_stops, named_stops, own_stops
+from bapo_plugin.answers.transformers import TransformersEngine
+from bapo_plugin.config import BAPOConfig, parse_block
+from bapo_plugin.models import load_reference, reference_adapter, reference_spec
+from bapo_plugin.rows.chat import ChatRows
+from bapo_plugin.rows.conversation import fields_of
+from bapo_plugin.rows.entries import NO_BASE
+from bapo_plugin.rows.sources import Source, content_hash, lacks_bases, raw_rows
+from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.rows.table import Faults, finish, overlap, split_by_prompt
+from bapo_plugin.rows.template import ChatTemplate, StopTexts, special_texts
+from bapo_plugin.rows.tokens import FEATURES, Encoder, complete_batch, prepare_batch
+from bapo_plugin.store import Store
 
 LOG = get_logger("axolotl." + __name__)
+
+# what prepared rows mean; rows of another format are not read
+FORMAT = 2
+SPLITS = ("datasets", "test_datasets")
+_CHAT = {"chat_template": False, "chat_template.default": False, "chat_template.argilla_chat": True}
 
 
 def load_datasets(cfg: Any) -> TrainDatasetMeta:
@@ -60,8 +71,8 @@ def prepare_rows(
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenised rows of `datasets:` and of `test_datasets:` or the `val_set_size` share.
 
-    Columns: prompt, chosen, rejected, base (text as rendered), prompt_ids, chosen_ids,
-    rejected_ids, base_ids (list of int).
+    Columns: prompt, chosen, rejected, base (text), prompt_ids, chosen_ids, rejected_ids, base_ids (list of int),
+    open_tokens (how many tokens of base_ids the model was asked with: templates may begin the answer).
 
     Args:
         cfg: axolotl's validated configuration.
@@ -70,198 +81,445 @@ def prepare_rows(
 
     Raises:
         ValueError: faulty rows (all of them in one message), rows over `sequence_len` with
-            `excess_length_strategy: raise`, a data set without its split, or no row left.
+            `excess_length_strategy: raise`, a data set without its split, no row left, or base responses
+            that can't be made; what was made is kept.
     """
-    splits = [split for split in ("datasets", "test_datasets") if cfg[split]]
-    # Every rank makes its share of missing base responses; what they need is only read here.
-    loaded = [_open_split(cfg, tokenizer, split, evaluation) for split in splits]
-
-    def load() -> tuple[Dataset, Dataset | None]:
-        train, *test = [_load_split(cfg, tokenizer, split) for split in loaded]
-        if test:
-            return train, test[0]
-        if size := cfg.val_set_size:
-            # axolotl makes a float of it, with which `datasets` refuses a number of rows
-            return create_train_validation_split(train, cfg, int(size) if size >= 1 else size)
-        return train, None
-
-    loader = FileLockLoader(cfg)  # the first rank does the work, the others take what it stored
-    try:
-        train, test = loader.load(load)
-    finally:
-        loader.cleanup()
+    train, *test = Preparation(cfg, tokenizer, evaluation).rows()
     if cfg.dataset_exact_deduplication:
-        train, test = deduplicate_and_log_datasets(dataset=train, other_dataset=test)
-    return train, test
+        train, found = deduplicate_and_log_datasets(
+            dataset=train, other_dataset=test[0] if test else None
+        )
+        test = [found] if test else []
+    if test:
+        if count := overlap(train, test[0]):
+            LOG.warning(
+                f"{count} of {len(test[0])} held-out rows have a prompt that is in training too: what is measured on them "
+                "(eval_drift/base, retention) says nothing about forgetting; take other prompts into test_datasets"
+            )
+        return train, test[0]
+    if size := cfg.val_set_size:
+        # axolotl makes a float of a number of rows
+        return split_by_prompt(train, int(size) if size >= 1 else size)
+    return train, None
 
 
-class _Split(NamedTuple):
-    """A split's data sets, with base responses; none where they are prepared already."""
-
-    name: str
-    sources: list[Source]
-    path: Path
+def store_path(cfg: Any) -> Path:
+    """Where base responses of a configuration are kept."""
+    folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+    return Path(parse_block(dict(cfg.bapo)).anchors.store or folder / "bapo-anchors.sqlite")
 
 
-def _open_split(cfg: Any, tokenizer: Any, split: str, evaluation: bool) -> _Split:
-    sources = open_sources(cfg, tokenizer, split)
-    adapter = None if evaluation else reference_adapter(cfg)
-    anchored = anchors_key(cfg, tokenizer, sources, adapter)
-    root = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
-    path = root / f"bapo-{split}-{_cache_key(cfg, tokenizer, sources, anchored)}"
-    if _is_prepared(cfg, path):
-        return _Split(split, [], path)
-    return _Split(split, add_anchors(cfg, tokenizer, sources, adapter), path)
+def template_date(cfg: Any) -> datetime | None:
+    """What a template that writes the date got to hear in the rows of a configuration; None where none asked."""
+    path = store_path(cfg)
+    if not path.is_file():
+        return None
+    with Store(path, "base responses") as store:
+        kept = store.get("date", ["now"]).get("now")
+    return datetime.fromisoformat(kept.decode()) if kept else None
 
 
-def _is_prepared(cfg: Any, path: Path) -> bool:
-    return not cfg.skip_prepare_dataset and not cfg.is_preprocess and path.exists()
+class Preparation:
+    """The data sets of a configuration, on their way to tokenised rows.
 
-
-def _load_split(cfg: Any, tokenizer: Any, split: _Split) -> Dataset:
-    if _is_prepared(cfg, split.path):
-        LOG.info(f"Loading prepared rows of {split.name} from {split.path}")
-        return load_from_disk(str(split.path))
-    rows = merge_datasets(_build(cfg, tokenizer, split.sources), cfg)
-    if not cfg.skip_prepare_dataset:
-        _save(rows, split.path)
-    return rows
-
-
-def reference_adapter(cfg: Any) -> str | None:
-    """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`."""
-    return cfg.lora_model_dir if cfg.bapo.get("reference", "start") == "start" else None
-
-
-def open_sources(cfg: Any, tokenizer: Any, split: str) -> list[Source]:
-    """Raw rows of `datasets:` or `test_datasets:`.
-
-    Raises:
-        ValueError: a data set has no rows, not the split, or an unknown `type:`.
+    Args:
+        cfg: axolotl's validated configuration.
+        tokenizer: axolotl's for this configuration.
+        evaluation: the reference is the model without any adapter.
     """
-    field_base = (cfg.bapo.get("dataset_field_base") or {}).get(split) or []
-    sources = []
-    for i, entry in enumerate(cfg[split]):
-        named = (field_base[i] if i < len(field_base) else None) or cfg.bapo.get("field_base")
-        renderer = BaseRenderer(
-            _transform(cfg, tokenizer, split, i),
-            field_base=named or "base",
-            field_base_named=bool(named),
-            entry=entry,
+
+    def __init__(self, cfg: Any, tokenizer: Any, evaluation: bool = False):
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.bapo: BAPOConfig = parse_block(dict(cfg.bapo))
+        self.folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+        self.store_path = store_path(cfg)
+        self._adapter = None if evaluation else reference_adapter(cfg)
+        self._named = named_stops(tokenizer, cfg.base_model, cfg.revision_of_model)
+        self._now: datetime | None = None
+        self._templates: dict[str, ChatTemplate] = {}
+        self.splits = {
+            split: [s for i in range(len(cfg[split])) for s in self._open(split, i)]
+            for split in SPLITS
+            if cfg[split]
+        }
+        self._keep = not cfg.skip_prepare_dataset
+        self._contents: dict[int, str] = {}
+
+    # ------------------------------------------------------------ sources
+
+    def _open(self, split: str, index: int) -> list[Source]:
+        """The data sets of an entry."""
+        written = ((self.bapo.entries or {}).get(split) or [{}] * (index + 1))[index]
+        entry = DictDefault({**self.cfg[split][index], **written})
+        base = entry.get("field_base")
+        base = self.bapo.field_base if base is None else base
+        named = isinstance(base, str)
+        name = f"{split}[{index}] ({entry.path})"
+        fields = fields_of(
+            entry, None if base is NO_BASE else base or "base", self._kind(entry) or False
         )
-        for config in datasets_with_name_generator([entry]):
-            rows = load_dataset_with_config(config, cfg.hf_use_auth_token, streaming=False)
-            name = f"{split}[{i}] ({entry.path})"
-            if isinstance(rows, DatasetDict):
-                if "train" not in rows:
-                    raise ValueError(
-                        f"{name} has no split 'train' but {', '.join(rows)}: name one with `split:`"
-                    )
-                rows = rows["train"]
-            if config.get("shards"):
-                rows = rows.shard(config["shards"], config.get("shards_idx") or 0)
-            if len(rows) == 0:
-                raise ValueError(f"{name} has no rows: check the file and `split:`")
-            sources.append(Source(name, rows, renderer))
-    return sources
+        found = []
+        identity: Any
+        template = None
+        if self._kind(entry) is not None:
+            template = self._template(entry)
+            read, encode = ChatRows(template, fields), Encoder(self.tokenizer, from_template=True)
+            identity = [template.text, str(self._now)]
+        else:
+            strategy = self._strategy(split, index, entry)
+            read = StrategyRows(strategy, fields, self._stop_texts(), entry)
+            encode = Encoder(self.tokenizer, from_template=False)
+            identity = [source_of(strategy), self.tokenizer.chat_template]
+        for part_name, rows in raw_rows(entry, name, self.cfg.hf_use_auth_token):
+            if named and base not in rows.column_names:
+                raise ValueError(
+                    f"{name}: there is no column {base!r} with the base response (columns: "
+                    f"{', '.join(rows.column_names)}); mend `field_base:`, or remove it to have base responses generated"
+                )
+            found.append(
+                Source(
+                    part_name,
+                    rows,
+                    read,
+                    encode,
+                    fields,
+                    [dict(entry), base, identity],
+                    template and template.text,
+                )
+            )
+        return found
 
+    @staticmethod
+    def _kind(entry: Any) -> bool | None:
+        """Whether the entry is a chat format with whole conversations; None where it is no chat format."""
+        kind = entry.get("type")
+        return _CHAT.get(kind) if isinstance(kind, str) else None
 
-def _transform(cfg: Any, tokenizer: Any, split: str, index: int) -> Any:
-    """The data set's own prompt strategy, bound to the tokenizer."""
-    kind = cfg[split][index].get("type")
-    if not kind:
-        return lambda row: row  # no type: the columns are rendered already
-    if isinstance(kind, dict):
-        kind = "user_defined.default"
-    # strategies read cfg.datasets[index], also for a test data set
-    own = DictDefault({**cfg, "datasets": cfg[split]})
-    strategy = load_strategy(kind, own, dataset_idx=index)
-    if isinstance(strategy, tuple):
-        strategy = strategy[0]
-    if strategy is None:
-        raise ValueError(
-            f"{split}[{index}].type: {kind!r} is not a DPO prompt strategy of axolotl or of yours "
-            "(the warning above has the reason); examples are chat_template.default, chatml.intel"
+    def _template(self, entry: Any) -> ChatTemplate:
+        text = get_chat_template_from_config(self.cfg, entry, self.tokenizer)
+        if text not in self._templates:
+            if "strftime_now" in text and self._now is None:
+                self._now = self._date()
+            template = ChatTemplate(self.tokenizer, text, self._named, self._now)
+            if template.end_id is None:
+                LOG.warning(
+                    f"The chat template ends turns with {template.end!r}, which is no token of this tokenizer, so nothing stops "
+                    "the model there; add it to `tokens:` or use the model's own template"
+                )
+            self._templates[text] = template
+        return self._templates[text]
+
+    def _date(self) -> datetime:
+        """The time that templates get to hear: that of the first rendering, else a new day would make all
+        prompts other ones."""
+        with Store(self.store_path, "base responses") as store:
+            kept = store.put_first("date", "now", datetime.now().isoformat().encode())
+        now = datetime.fromisoformat(kept.decode())
+        LOG.info(
+            f"The chat template writes the date; it stays that of the first rendering, {now:%Y-%m-%d %H:%M} (kept in "
+            f"{self.store_path})"
         )
-    if "tokenizer" in inspect.signature(strategy).parameters:
-        strategy = partial(strategy, tokenizer=tokenizer)
-    return strategy
+        return now
 
+    def _strategy(self, split: str, index: int, entry: Any) -> Any:
+        """The data set's own prompt strategy, bound to the tokenizer."""
+        kind = entry.get("type")
+        if not kind:
+            return lambda row: row  # no type: the columns are rendered already
+        if isinstance(kind, dict):
+            kind = "user_defined.default"
+        # strategies read cfg.datasets[index], also for a test data set
+        entries = [entry if i == index else other for i, other in enumerate(self.cfg[split])]
+        strategy = load_strategy(
+            kind, DictDefault({**self.cfg, "datasets": entries}), dataset_idx=index
+        )
+        if isinstance(strategy, tuple):
+            strategy = strategy[0]
+        if strategy is None:
+            raise ValueError(
+                f"{split}[{index}].type: {kind!r} is not a DPO prompt strategy of axolotl or of yours "
+                "(the warning above has the reason); examples are chat_template.default, chatml.intel"
+            )
+        if "tokenizer" in inspect.signature(strategy).parameters:
+            strategy = partial(strategy, tokenizer=self.tokenizer)
+        return strategy
 
-def _build(cfg: Any, tokenizer: Any, sources: list[Source]) -> list[Dataset]:
-    strategy = str(cfg.excess_length_strategy or "drop").lower()
-    built, problems = [], []
-    for source in sources:
-        rows = source.rows.map(
-            prepare_row,
-            fn_kwargs={
-                "render": source.renderer,
-                "tokenizer": tokenizer,
-                "sequence_len": cfg.sequence_len,
-                "strategy": strategy,
-            },
+    def _stop_texts(self) -> StopTexts:
+        """Ends of turn that rows may bring: the tokenizer's, the model's, and that of its chat template."""
+        ends: set[int | None] = set(self._named)
+        if text := self.tokenizer.chat_template:
+            try:
+                ends.add(ChatTemplate(self.tokenizer, text, self._named).end_id)
+            except ValueError:
+                pass  # not one that these rows need
+        # axolotl's own formats write these, whatever the tokenizer's template is
+        special = special_texts(self.tokenizer)
+        ends |= {i for i, text in special.items() if text in ("<|im_end|>", "<|eot_id|>")}
+        return StopTexts(self.tokenizer, ends - {None})
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        ends = [template.end_id for template in self._templates.values()]
+        if not ends and self.tokenizer.chat_template:
+            try:
+                ends = [
+                    ChatTemplate(self.tokenizer, self.tokenizer.chat_template, self._named).end_id
+                ]
+            except ValueError:
+                pass
+        return all_stops(self._named, ends, own_stops(self.tokenizer, self.bapo.anchors.stop))
+
+    # ------------------------------------------------------------ stages
+
+    def rows(self) -> list[Dataset]:
+        """Prepared rows of each split."""
+        paths = {split: self._path(split) for split in self.splits}
+        with self._lock():  # the first process does the work, the others take what it stored
+            if self._are_there(paths):
+                return self._load(paths)
+            rendered = self.rendered(keep=self._lacks_any)
+            if not self._lacks_any:
+                return self._store(paths, self.completed(rendered))
+        # every process makes a share of the missing base responses
+        made_by = self.made_by()
+        rendered = self.keyed(rendered, made_by)
+        with Store(self.store_path, "base responses") as store:
+            summary = self.make_missing(rendered, made_by, store)
+        if self._is_main:
+            LOG.info(str(summary))
+        with self._lock():
+            if self._are_there(paths, fresh=True):
+                return self._load(paths)
+            found = self._store(paths, self.completed(rendered))
+            for split, sources in self.splits.items():
+                for i in range(len(sources)):
+                    shutil.rmtree(self._path(split, i), ignore_errors=True)
+        return found
+
+    def rendered(self, keep: bool) -> dict[str, list[Dataset]]:
+        """Rows of each source, rendered and tokenised, perhaps without base responses (`rows.tokens.FEATURES`).
+
+        Args:
+            keep: store them, for other processes and for a run that goes on.
+
+        Raises:
+            ValueError: rows that can't be used.
+        """
+        faults = Faults(self.folder, self.bapo.on_faulty)
+        policy = self.bapo.anchors.on_missing
+        found: dict[str, list[Dataset]] = {}
+        for split, sources in self.splits.items():
+            found[split] = []
+            for i, source in enumerate(sources):
+                path = self._path(split, i)
+                if keep and self._keep:
+                    if not path.exists():
+                        _save(self._render(source), path)
+                    rows = load_from_disk(str(path))
+                else:
+                    rows = self._render(source)
+                rows = faults.take(source.name, rows, len(source.rows))
+                if policy != "generate":
+                    rows = faults.take_missing(source.name, rows, source.fields.base, policy)
+                found[split].append(rows)
+        faults.settle(self._is_main)
+        return found
+
+    def _render(self, source: Source) -> Dataset:
+        return source.rows.map(
+            prepare_batch,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            fn_kwargs={"read": source.read, "encode": source.encode} | self._limits(),
             remove_columns=source.rows.column_names,
             features=FEATURES,
-            num_proc=_num_proc(cfg, len(source.rows)),
+            num_proc=self._num_proc(len(source.rows)),
             load_from_cache_file=False,
             desc=f"Rendering and tokenising {source.name}",
         )
-        if faulty := faulty_rows(rows):
-            problems.append(report_rows(source.name, faulty, len(rows)))
-        elif strategy == "raise" and "long" in rows["length"]:
-            long = [i for i, length in enumerate(rows["length"], start=1) if length == "long"]
-            problems.append(_report_long(source.name, long, rows, cfg.sequence_len))
-        built.append((source.name, rows))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return [apply_policy(name, rows, cfg.sequence_len) for name, rows in built]
 
+    def completed(self, rendered: dict[str, list[Dataset]]) -> dict[str, Dataset]:
+        """The rows of each split with all base responses, within the length policy, ready for training."""
+        policies = (self.cfg.sequence_len, self._policy, self.bapo.anchors.on_cut)
+        found = {}
+        for split, sources in self.splits.items():
+            parts = [
+                finish(self._put_in(source, rows), source.name, *policies)
+                for source, rows in zip(sources, rendered[split], strict=True)
+            ]
+            found[split] = merge_datasets(parts, self.cfg)
+        return found
 
-def _report_long(name: str, long: list[int], rows: Dataset, limit: int) -> str:
-    faulty = []
-    for i in long:
-        row = rows[i - 1]
-        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(row[key])}" for key in IDS)
-        faulty.append((i, f"{tokens} tokens: prompt + response is over sequence_len: {limit}"))
-    return (
-        report_rows(name, faulty, len(rows))
-        + "\n  Raise sequence_len, or set `excess_length_strategy: drop` or `truncate`."
-    )
+    def _put_in(self, source: Source, rows: Dataset) -> Dataset:
+        """Generated base responses into the rows that lack one."""
+        if "key" not in rows.column_names:
+            return rows
+        decode = partial(
+            self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        with Store(self.store_path, "base responses") as store:
+            return rows.map(
+                complete_batch,
+                batched=True,
+                batch_size=1000,
+                fn_kwargs={"answers": partial(usable, store), "decode": decode} | self._limits(),
+                remove_columns=["key", "limit"],
+                features=FEATURES,
+                load_from_cache_file=False,
+                new_fingerprint=os.urandom(8).hex(),  # a store has no fingerprint
+                desc=f"Putting base responses into {source.name}",
+            )
 
+    # ------------------------------------------------------------ base responses
 
-def _num_proc(cfg: Any, total: int) -> int | None:
-    workers = min(cfg.dataset_num_proc or 1, total // 256)  # a process costs more than 256 rows
-    return workers if workers > 1 else None
+    @cached_property
+    def _lacks_any(self) -> bool:
+        """Whether base responses have to be generated."""
+        if self.bapo.anchors.on_missing != "generate":
+            return False
+        return any(lacks_bases(source) for sources in self.splits.values() for source in sources)
 
+    def made_by(self) -> dict[str, Any]:
+        """Provenance of generated base responses."""
+        with Store(self.store_path, "base responses") as store:
+            return provenance(
+                reference_spec(self.cfg, self._adapter),
+                self.tokenizer,
+                sorted(self._templates),
+                self.bapo.anchors,
+                self.stop_ids,
+                store,
+            )
 
-def _cache_key(cfg: Any, tokenizer: Any, sources: list[Source], anchored: str) -> str:
-    parts = [
-        __version__,
-        [
-            (s.name, _content_hash(s.rows), s.renderer.field_base, s.renderer.source())
-            for s in sources
-        ],
-        [cfg.sequence_len, str(cfg.excess_length_strategy), cfg.seed, cfg.shuffle_merged_datasets],
-        [cfg.shuffle_before_merging_datasets, cfg.curriculum_sampling],
-        [cfg.chat_template, cfg.chat_template_jinja, cfg.default_system_message],
-        [dict(entry) for split in ("datasets", "test_datasets") for entry in cfg[split] or []],
-        [tokenizer_hash(tokenizer), tokenizer.chat_template, anchored],
-    ]
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
+    def keyed(
+        self, rendered: dict[str, list[Dataset]], made_by: dict[str, Any]
+    ) -> dict[str, list[Dataset]]:
+        """Rendered rows with the keys of the base responses that they lack."""
+        limits = (self.bapo.anchors.max_new_tokens, self.cfg.sequence_len)
+        return {
+            split: [with_keys(rows, made_by, *limits) for rows in parts]
+            for split, parts in rendered.items()
+        }
 
+    def make_missing(
+        self, keyed: dict[str, list[Dataset]], made_by: dict[str, Any], store: Store
+    ) -> Any:
+        """Have the reference model answer what is not in the store; returns the `Summary`."""
+        sources = [rows for parts in keyed.values() for rows in parts]
+        plan = make_plan(sources, store, made_by, self.stop_ids)
+        engine, on_start = self._engine(list(plan.requests.values()))
+        summary = make_missing(plan, engine, store, self.tokenizer, on_start)
+        for rows in sources:
+            remember_rows(rows, store)
+        return summary
 
-def _content_hash(rows: Dataset) -> str:
-    """Of what the rows say; the fingerprint of `datasets` follows the file's time stamp instead."""
-    digest = hashlib.sha256(str(rows.features).encode())
-    for table in rows.with_format("arrow").iter(batch_size=1000):
-        for batch in table.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    return digest.hexdigest()
+    def _engine(self, requests: Sequence[Any]) -> tuple[Engine, Callable[[], None]]:
+        anchors = self.bapo.anchors
+        sampling = Sampling(anchors.temperature, anchors.top_p, anchors.seed)
+        sizes = (anchors.batch_size, anchors.batch_tokens)
+
+        def load() -> Any:
+            return load_reference(self.cfg, self.tokenizer, self._adapter)
+
+        if anchors.engine == "transformers":
+            engine = TransformersEngine(load, self.stop_ids, sampling, *sizes)
+            return engine, lambda: engine.model and None
+        ends = [template.end_id for template in self._templates.values()]
+        end = next(iter(ends), self.tokenizer.eos_token_id)
+        server = ServerEngine(
+            self.tokenizer, anchors.server, sampling, self.cfg.base_model, self.stop_ids, end
+        )
+
+        def probe() -> None:
+            reference = TransformersEngine(load, self.stop_ids, Sampling(), *sizes)
+            try:
+                server.probe(requests, reference)
+            finally:
+                reference.close()
+
+        return server, probe if anchors.server.probe else lambda: None
+
+    # ------------------------------------------------------------ cache
+
+    @property
+    def _is_main(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == 0
+
+    @property
+    def _policy(self) -> str:
+        return str(self.cfg.excess_length_strategy or "drop").lower()
+
+    def _limits(self) -> dict[str, Any]:
+        return {"sequence_len": self.cfg.sequence_len, "strategy": self._policy}
+
+    def _num_proc(self, total: int) -> int | None:
+        workers = min(
+            self.cfg.dataset_num_proc or 1, total // 256
+        )  # a process costs more than 256 rows
+        return workers if workers > 1 else None
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.folder / ".bapo-rows.lock")):
+            yield
+
+    def _are_there(self, paths: Mapping[str, Path], fresh: bool = False) -> bool:
+        if not self._keep or (self.cfg.is_preprocess and not (fresh and not self._is_main)):
+            return False
+        return all(path.exists() for path in paths.values())
+
+    def _load(self, paths: Mapping[str, Path]) -> list[Dataset]:
+        for split, path in paths.items():
+            LOG.info(f"Loading prepared rows of {split} from {path}")
+        return [load_from_disk(str(path)) for path in paths.values()]
+
+    def _store(self, paths: Mapping[str, Path], rows: Mapping[str, Dataset]) -> list[Dataset]:
+        if not self._keep:
+            return list(rows.values())
+        for split, path in paths.items():
+            _save(rows[split], path)
+        return [load_from_disk(str(path)) for path in paths.values()]
+
+    def _path(self, split: str, index: int | None = None) -> Path:
+        """Where prepared rows of a split are kept, or the rendered rows of one of its sources."""
+        sources = self.splits[split] if index is None else [self.splits[split][index]]
+        cfg, anchors = self.cfg, self.bapo.anchors
+        parts: list[Any] = [
+            FORMAT,
+            version("axolotl"),
+            [(s.name, self._content(s), s.identity) for s in sources],
+            [tokenizer_hash(self.tokenizer), sorted(self._named)],
+            [cfg.sequence_len, self._policy],
+        ]
+        if index is None:
+            parts += [
+                [cfg.seed, cfg.shuffle_merged_datasets, cfg.shuffle_before_merging_datasets],
+                [cfg.curriculum_sampling, self.bapo.on_faulty, anchors.on_missing, anchors.on_cut],
+                [anchors.max_new_tokens, self._made_by] if self._lacks_any else [],
+            ]
+        text = json.dumps(parts, default=str, sort_keys=True)
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return self.folder / (
+            f"bapo-{split}-{key}" if index is None else f".bapo-{split}-{index}-{key}"
+        )
+
+    @cached_property
+    def _made_by(self) -> str:
+        return fingerprint(self.made_by())
+
+    def _content(self, source: Source) -> str:
+        if id(source) not in self._contents:
+            self._contents[id(source)] = content_hash(source.rows)
+        return self._contents[id(source)]
 
 
 def _save(rows: Dataset, path: Path) -> None:
     """Store under a temporary name first: a run that is killed leaves no half-written rows."""
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+    partial_path = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}")
     try:
         rows.save_to_disk(str(partial_path))
         shutil.rmtree(path, ignore_errors=True)

@@ -92,19 +92,25 @@ class Store:
             self._db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", rows)
             self._release(done)
 
-    def claim(self, kind: str, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that are now this process's to compute: not there yet and nobody else's.
-
-        A claim ends with `put(done=...)` or `release`, with the process, or, where that can't be
-        seen from here (another machine), two minutes after its last sign of life.
-        """
-        keys = list(keys)
+    def put_first(self, kind: str, key: str, value: bytes) -> bytes:
+        """Write an entry if there is none; returns the one that is there then."""
+        row = (kind, key, value, _checksum(kind, key, value))
         with self._damage_is_fatal(), self._transaction():
-            there = {key for key in keys if self._exists(kind, key)}
+            self._db.execute("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?)", row)
+        return self.get(kind, [key])[key]
+
+    def claim(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that are now this process's to compute, because they are nobody else's.
+
+        What another process has computed before the claim is in the store by then: look once more. A claim
+        ends with `put(done=...)` or `release`, with the process, or, where that can't be seen from here
+        (another machine), two minutes after its last sign of life.
+        """
+        with self._damage_is_fatal(), self._transaction():
             mine = []
             for key in keys:
                 row = self._db.execute("SELECT * FROM claims WHERE key = ?", (key,)).fetchone()
-                if key in there or (row and row[1:4] != self._owner and _alive(*row[1:])):
+                if row and row[1:4] != self._owner and _alive(*row[1:]):
                     continue
                 mine.append(key)
             now = time.time()
@@ -154,10 +160,6 @@ class Store:
         self.close()
 
     # ---------------------------------------------------------------- inside
-
-    def _exists(self, kind: str, key: str) -> bool:
-        query = "SELECT 1 FROM entries WHERE kind = ? AND key = ?"
-        return self._db.execute(query, (kind, key)).fetchone() is not None
 
     def _release(self, keys: Iterable[str]) -> None:
         self._db.executemany(
@@ -227,6 +229,14 @@ class Store:
             f"{damaged.name}; the {sound} sound entries in it were copied to a new store. Put a copy of yours "
             "in its place, or start again to compute only what is missing"
         ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

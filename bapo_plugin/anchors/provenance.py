@@ -6,6 +6,8 @@ every response's key in the store. Names of folders are not: a model that was mo
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,40 +19,59 @@ from bapo_plugin import __version__
 from bapo_plugin.config import AnchorsConfig
 from bapo_plugin.store import Store
 
-# keys of the YAML that change what a loaded model computes
-_LOADING = (
-    *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "torch_dtype"),
-    *("model_quantization_config", "model_quantization_config_kwargs", "overrides_of_model_config"),
-    *("overrides_of_model_kwargs", "resize_token_embeddings_to_32x", "type_of_model"),
-)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+# what a response means, and how it is kept; responses of another format are not read
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """The reference model, as training loads it.
+
+    Args:
+        model: folder or name on the hub.
+        revision: of the name.
+        adapter: folder or name of the adapter that is part of the reference, or None.
+        config: folder or name of the model's configuration, where it is another one.
+        remote_code: whether code that comes with the model runs.
+        loading: other settings that change what the loaded model computes.
+    """
+
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    config: str | None = None
+    remote_code: bool = False
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def provenance(
-    cfg: Any,
+    reference: ReferenceSpec,
     tokenizer: Any,
+    templates: list[str],
     anchors: AnchorsConfig,
     stop_ids: list[int],
-    adapter_dir: str | None,
     store: Store,
 ) -> dict[str, Any]:
     """Everything a base response depends on besides its prompt, as plain values that JSON can hold.
 
     Args:
-        cfg: axolotl's validated configuration.
+        reference: the model.
         tokenizer: the one that training uses.
+        templates: the chat templates of the rows.
         anchors: settings of the generation.
         stop_ids: tokens that end a response.
-        adapter_dir: the adapter that is part of the reference, or None.
         store: keeps hashes of model files, so that they are read only once.
     """
     sampled = anchors.temperature > 0
+    model, code = reference.model, ("*.py",) if reference.remote_code else ()
     return {
-        "model": _model_identity(cfg.base_model, cfg.revision_of_model, store),
-        "loading": {key: _plain(cfg.get(key)) for key in _LOADING if cfg.get(key)},
-        "adapter": adapter_dir and _folder_identity(adapter_dir, store),
+        "model": _identity(model, reference.revision, store, code),
+        "config": reference.config and _identity(reference.config, None, store, code),
+        "loading": {key: _plain(value) for key, value in reference.loading.items() if value},
+        "adapter": reference.adapter and _identity(reference.adapter, None, store),
         "tokenizer": tokenizer_hash(tokenizer),
-        "template": _hash([tokenizer.chat_template, cfg.chat_template, cfg.chat_template_jinja]),
+        "template": _hash(templates),
         "generation": {
             "temperature": anchors.temperature,
             "top_p": anchors.top_p if sampled else None,
@@ -59,11 +80,12 @@ def provenance(
         },
         "engine": {"name": anchors.engine}
         | (
-            {"url": anchors.server.url, "model": anchors.server.model or cfg.base_model}
+            {"url": anchors.server.url, "model": anchors.server.model or model}
             if anchors.server
             else {}
         ),
-        "versions": {"bapo": __version__} | ({} if anchors.server else _versions(cfg, adapter_dir)),
+        "versions": {"bapo": __version__, "format": FORMAT}
+        | ({} if anchors.server else _versions(reference)),
     }
 
 
@@ -71,7 +93,7 @@ def fingerprint(provenance: dict[str, Any]) -> str:
     """Of what makes a difference: names and addresses are left out, and the template, which shows in
     the prompt's tokens."""
     kept = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "template"}))
-    for part in ("model", "adapter"):
+    for part in ("model", "adapter", "config"):
         if kept[part] and kept[part].get("content"):
             kept[part].pop("name")
     kept["engine"].pop("url", None)
@@ -103,17 +125,26 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return _hash([type(tokenizer).__name__, tokenizer.special_tokens_map, vocabulary])
 
 
-def _model_identity(name: str, revision: str | None, store: Store) -> dict[str, Any]:
+def _identity(
+    name: str, revision: str | None, store: Store, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Of a model, an adapter or a configuration: a folder's content, or a commit of the hub."""
     if Path(name).is_dir():
-        return _folder_identity(name, store)
-    config = cached_file(name, "config.json", revision=revision)
-    commit = extract_commit_hash(config, None)
-    if commit:
-        return {"name": name, "revision": commit}
-    return {"name": name} | _folder_identity(str(Path(config).parent), store)
+        return _folder_identity(name, store, more)
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = cached_file(name, file, revision=revision)
+        except OSError:
+            continue
+        if commit := extract_commit_hash(found, None):
+            return {"name": name, "revision": commit}
+        return {"name": name} | _folder_identity(str(Path(found).parent), store, more)
+    raise ValueError(
+        f"{name} is neither a folder nor a model or adapter that the hub's cache or the hub has; check the name"
+    )
 
 
-def _folder_identity(folder: str, store: Store) -> dict[str, Any]:
+def _folder_identity(folder: str, store: Store, more: tuple[str, ...] = ()) -> dict[str, Any]:
     """Name and content hash of a folder with a model or an adapter.
 
     Reading many gigabytes takes a while, so a file's hash is kept under its path, size and time of
@@ -121,7 +152,7 @@ def _folder_identity(folder: str, store: Store) -> dict[str, Any]:
     """
     files = sorted(
         path
-        for pattern in (*_WEIGHTS, "config.json", "adapter_config.json")
+        for pattern in (*_WEIGHTS, "config.json", "adapter_config.json", *more)
         for path in Path(folder).glob(pattern)
     )
     stamps = {}
@@ -146,10 +177,11 @@ def _file_hash(path: Path) -> bytes:
     return digest.digest()
 
 
-def _versions(cfg: Any, adapter_dir: str | None) -> dict[str, str]:
+def _versions(reference: ReferenceSpec) -> dict[str, str]:
     names = ["torch", "transformers", "axolotl"]
-    names += ["bitsandbytes"] if cfg.load_in_4bit or cfg.load_in_8bit else []
-    names += ["peft"] if adapter_dir else []
+    loading = reference.loading
+    names += ["bitsandbytes"] if loading.get("load_in_4bit") or loading.get("load_in_8bit") else []
+    names += ["peft"] if reference.adapter else []
     found = {}
     for name in names:
         try:

@@ -1,22 +1,23 @@
-"""Base responses from an OpenAI-compatible server (vLLM, transformers serve)."""
+"""Answers from an OpenAI-compatible server's /completions (vLLM, SGLang, llama.cpp, TGI, transformers serve)."""
 
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import torch
 from axolotl.utils.logging import get_logger
 
-from bapo_plugin.answers.transformers import Answer, Request, TransformersEngine, autocast, seed_of
-from bapo_plugin.config import AnchorsConfig
+from bapo_plugin.answers.engine import Answer, Request, Sampling, seed_of, shown
+from bapo_plugin.answers.transformers import TransformersEngine, autocast
+from bapo_plugin.config import AnchorServerConfig
 
 LOG = get_logger("axolotl." + __name__)
 
-_PROBES, _PROBE_TOKENS = 3, 16
+_PROBES = 3
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -24,31 +25,68 @@ class ServerError(ValueError):
     """The server can't be used; the text says why and what to do."""
 
 
+class _Form(NamedTuple):
+    """A way to ask; servers differ in what they take.
+
+    Args:
+        prompt: "ids"; "text", whole, with the server told to add nothing; "bare" text, without the BOS that
+            the server's tokenizer adds.
+        extras: more than OpenAI's own parameters.
+    """
+
+    prompt: str
+    extras: bool
+
+
+# the most exact first
+_FORMS = (_Form("ids", True), _Form("text", True), _Form("bare", True), _Form("bare", False))
+
+
 class ServerEngine:
-    """Answers from an OpenAI-compatible server's /completions, several requests at a time.
+    """Answers of a server, several requests at a time.
+
+    Prompts go as token ids where the server takes them, with the ids of all tokens that end an answer
+    and with every penalty neutral, whatever the model's generation_config.json says to the server.
+    Answers are taken as token ids where the server gives them.
 
     Args:
         tokenizer: the one that training uses.
-        anchors: settings; `anchors.server` says where.
+        server: where the server is.
+        sampling: how answers are drawn.
         model_name: default for the model's name at the server.
         stop_ids: tokens that end an answer.
+        end_id: that of them which stands for an end that the server doesn't name.
     """
 
+    streams = True
+
     def __init__(
-        self, tokenizer: Any, anchors: AnchorsConfig, model_name: str, stop_ids: Sequence[int]
+        self,
+        tokenizer: Any,
+        server: AnchorServerConfig,
+        sampling: Sampling,
+        model_name: str,
+        stop_ids: Sequence[int],
+        end_id: int | None = None,
     ):
         self._tokenizer = tokenizer
-        self._anchors = anchors
-        self._server = anchors.server
-        self._model = anchors.server.model or model_name
-        self._stop = [tokenizer.decode([i]) for i in stop_ids]
+        self._server = server
+        self._sampling = sampling
+        self._model = server.model or model_name
+        self._stop_ids = list(stop_ids)
+        self._end_id = end_id if end_id in self._stop_ids else self._stop_ids[0]
+        self._stop = [tokenizer.decode([i]) for i in [self._end_id, *stop_ids]]
+        self._stop = list(dict.fromkeys(self._stop))
+        self._form: _Form | None = None
+        self._choosing = threading.Lock()
         key = os.environ.get("OPENAI_API_KEY")
         self._client = httpx.Client(
-            timeout=httpx.Timeout(self._server.timeout, connect=min(10.0, self._server.timeout)),
-            limits=httpx.Limits(max_connections=self._server.concurrency),
+            timeout=httpx.Timeout(server.timeout, connect=min(10.0, server.timeout)),
+            limits=httpx.Limits(max_connections=server.concurrency),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
         self._stopping = threading.Event()
+        self._said = False
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Parts that keep all connections busy and are not too much to lose a claim on."""
@@ -63,8 +101,8 @@ class ServerEngine:
         try:
             futures = {pool.submit(self._complete, request): request for request in requests}
             for future in as_completed(futures):
-                answer, _ = future.result()
-                on_tokens(answer.num_tokens)
+                answer = future.result()
+                on_tokens(len(answer.ids))
                 yield futures[future], answer
         finally:  # an error or an interruption: requests under way end, the others don't start
             self._stopping.set()
@@ -72,7 +110,7 @@ class ServerEngine:
             self._stopping.clear()
 
     def probe(self, requests: Sequence[Request], reference: TransformersEngine) -> None:
-        """Compare the server with the reference model on a few prompts, greedily.
+        """Compare whole greedy answers of the server with those of the reference model on a few prompts.
 
         Args:
             requests: to take prompts from.
@@ -80,74 +118,157 @@ class ServerEngine:
 
         Raises:
             ServerError: it counts a prompt's tokens differently (another tokenizer or template, a second
-                BOS), or gives an answer that the reference model would not give.
+                BOS), goes on where the model ends its turn, or gives an answer that the reference model
+                would not give.
         """
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
         picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
+        where = f"{self._server.url}, model {self._model}"
         for request in sorted(picked, key=lambda r: r.key):
-            request = Request(
-                request.key, request.prompt, request.prompt_ids, min(_PROBE_TOKENS, request.limit)
-            )
-            answer, usage = self._complete(request, greedy=True)
-            counted = usage.get("prompt_tokens")
-            where = f"{self._server.url}, model {self._model}"
-            if counted is not None and counted != len(request.prompt_ids):
-                raise ServerError(
-                    f"the server ({where}) counts {counted} tokens in a prompt that has {len(request.prompt_ids)} "
-                    f"here: it has another tokenizer, or adds a token such as BOS. Prompt: {request.prompt!r}. Serve "
-                    "base_model with its own tokenizer"
-                )
+            answer = self._complete(request, greedy=True)
             ((_, best),) = reference.generate([request], lambda n: None)
-            if answer.text == best.text:
+            if answer == best or (
+                self._text(answer) == self._text(best) and answer.cut == best.cut
+            ):
                 continue
-            gap = _gap(reference.model, self._tokenizer, request, answer)
-            if gap > self._server.tolerance:
+            gap, place, wanted = _gap(reference.model, request, answer, self._server.tolerance)
+            if gap <= self._server.tolerance:
+                continue
+            if wanted in self._stop_ids:
                 raise ServerError(
-                    f"the server ({where}) does not answer as the reference model does.\n  prompt:    "
-                    f"{request.prompt!r}\n  server:    {answer.text!r}\n  reference: {best.text!r}\nOne of its tokens is "
-                    f"{gap:.2f} nats below the best (allowed: bapo.anchors.server.tolerance {self._server.tolerance}). "
-                    "Serve the same model with the same quantisation (and adapter, if training goes on with "
-                    "one), or set bapo.anchors.engine: transformers"
+                    f"the server ({where}) goes on where the model ends its turn, with "
+                    f"{self._tokenizer.decode([wanted])!r} after {place} tokens: its answers would hold what nobody said.\n"
+                    f"  prompt: {request.prompt!r}\n  server: {self._text(answer)!r}\nServe the model with a "
+                    "generation_config.json whose eos_token_id names that token, or with a server that takes stop_token_ids "
+                    "(vLLM, SGLang), or set bapo.anchors.engine: transformers"
                 )
+            raise ServerError(
+                f"the server ({where}) does not answer as the reference model does.\n  prompt:    {request.prompt!r}\n"
+                f"  server:    {self._text(answer)!r}\n  reference: {self._text(best)!r}\nToken {place + 1} of its answer is "
+                f"{gap:.2f} nats below the best (allowed: bapo.anchors.server.tolerance {self._server.tolerance}). Serve the "
+                "same model with the same quantisation (and adapter, if training goes on with one), or set "
+                "bapo.anchors.engine: transformers"
+            )
 
-    def _complete(self, request: Request, greedy: bool = False) -> tuple[Answer, dict]:
-        anchors = self._anchors
-        body = {
+    def _text(self, answer: Answer) -> str:
+        return self._tokenizer.decode(shown(answer.ids, self._stop_ids))
+
+    def _complete(self, request: Request, greedy: bool = False) -> Answer:
+        if self._form is None:
+            with self._choosing:
+                if self._form is None:
+                    self._form = self._choose_form(request)
+        reply = self._post(self._body(request, self._form, greedy))
+        counted = _prompt_tokens(reply)
+        if counted is not None and counted != len(request.prompt_ids):
+            raise ServerError(
+                f"the server ({self._server.url}, model {self._model}) counts {counted} tokens in a prompt that has "
+                f"{len(request.prompt_ids)} here: it has another tokenizer, or adds a token such as BOS. Prompt: "
+                f"{request.prompt!r}. Serve base_model with its own tokenizer"
+            )
+        return self._answer(request, reply)
+
+    def _choose_form(self, request: Request) -> _Form:
+        """The most exact way to ask that the server takes, by a request for one token."""
+        short = Request(request.key, request.prompt, request.prompt_ids, 1)
+        url = self._server.url.rstrip("/") + "/completions"
+        for form in _FORMS[:-1]:
+            try:
+                response = self._client.post(url, json=self._body(short, form, greedy=True))
+                reply = response.json() if response.status_code == 200 else {}
+            except httpx.ConnectError:
+                break  # no server: the request itself will say so, after its retries
+            except (httpx.TransportError, ValueError):
+                continue
+            if response.status_code == 200 and _prompt_tokens(reply) in (
+                None,
+                len(request.prompt_ids),
+            ):
+                if isinstance(reply.get("choices"), list):
+                    return form
+            if response.status_code in (401, 403, 404):
+                break
+        return _FORMS[-1]
+
+    def _body(self, request: Request, form: _Form, greedy: bool) -> dict[str, Any]:
+        sampling = self._sampling
+        sampled = sampling.temperature > 0 and not greedy
+        body: dict[str, Any] = {
             "model": self._model,
-            "prompt": self._prompt_text(request),
+            "prompt": {
+                "ids": list(request.prompt_ids),
+                "text": request.prompt,
+                "bare": self._bare(request),
+            }[form.prompt],
             "max_tokens": request.limit,
-            "temperature": 0.0 if greedy else anchors.temperature,
+            "temperature": sampling.temperature if sampled else 0.0,
+            "top_p": sampling.top_p if sampled else 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "stop": self._stop[:4],  # OpenAI's limit
         }
-        if anchors.temperature > 0 and not greedy:
-            # servers take 31 bits
-            body |= {"top_p": anchors.top_p, "seed": seed_of(anchors, request) >> 32}
-        reply = self._post(body)
-        try:
-            choice = reply["choices"][0]
-            text, reason = choice["text"], choice.get("finish_reason")
-            usage = reply.get("usage") or {}
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ServerError(
-                f"{self._server.url}/completions answered something that is not a completion: "
-                f"{str(reply)[:300]}; check bapo.anchors.server.url"
-            ) from None
-        whole = text
-        for stop in self._stop:  # some servers leave it in
-            text = text.split(stop, 1)[0]
-        tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        cut = reason == "length" and text == whole and bool(text.strip())
-        return Answer(text, tokens, cut), usage
+        if sampled:
+            body["seed"] = seed_of(sampling, request) >> 32  # servers take 31 bits
+        if form.extras:
+            body |= {
+                "stop_token_ids": self._stop_ids,
+                "repetition_penalty": 1.0,
+                "top_k": -1,
+                "min_p": 0.0,
+                "skip_special_tokens": False,
+                "return_token_ids": True,
+            }
+            if form.prompt == "text":
+                body["add_special_tokens"] = False
+        return body
 
-    def _prompt_text(self, request: Request) -> str:
-        """The text that the server will tokenise to the request's tokens: without a BOS of its own
-        where the tokenizer adds one."""
+    def _bare(self, request: Request) -> str:
+        """The text that a server which adds BOS will tokenise to the request's tokens."""
         bos = self._tokenizer.bos_token
         if bos and request.prompt.startswith(bos):
             ids = self._tokenizer(request.prompt)["input_ids"]
             if ids[:2] == [self._tokenizer.bos_token_id] * 2:
                 return request.prompt.removeprefix(bos)
         return request.prompt
+
+    def _answer(self, request: Request, reply: Any) -> Answer:
+        try:
+            choice = reply["choices"][0]
+            text, reason = choice["text"], choice.get("finish_reason")
+            given, stopped_by = choice.get("token_ids"), choice.get("stop_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ServerError(
+                f"{self._server.url}/completions answered something that is not a completion: "
+                f"{str(reply)[:300]}; check bapo.anchors.server.url"
+            ) from None
+        ended = reason != "length"
+        if isinstance(given, list) and given and all(isinstance(i, int) for i in given):
+            ids = list(given)
+        else:
+            if not self._said:
+                self._said = True
+                LOG.info(
+                    f"{self._server.url} gives no token ids: answers are tokenised here from their text"
+                )
+            for stop in self._stop:  # some servers leave it in
+                text, found, _ = text.partition(stop)
+                ended = ended or bool(found)
+            ids = self._ids_of(request, text)
+        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
+        if end is not None:
+            return Answer(tuple(ids[: end + 1]), False)
+        if not ended or len(ids) >= request.limit:
+            return Answer(tuple(ids[: request.limit]), True)
+        last = stopped_by if stopped_by in self._stop_ids else self._end_id
+        return Answer((*ids, last), False)
+
+    def _ids_of(self, request: Request, text: str) -> list[int]:
+        """The answer's tokens as they follow the prompt."""
+        whole = self._tokenizer(request.prompt + text, add_special_tokens=False)["input_ids"]
+        n = len(request.prompt_ids)
+        if tuple(whole[:n]) == request.prompt_ids:
+            return whole[n:]
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _post(self, body: dict) -> Any:
         url = self._server.url.rstrip("/") + "/completions"
@@ -191,16 +312,22 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
+def _prompt_tokens(reply: Any) -> int | None:
+    usage = reply.get("usage") if isinstance(reply, dict) else None
+    return usage.get("prompt_tokens") if isinstance(usage, dict) else None
+
+
 @torch.inference_mode()
-def _gap(model: Any, tokenizer: Any, request: Request, answer: Answer) -> float:
-    """How far, at most, the answer's tokens are below the model's best ones, in nats."""
-    ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-    # the last token may be a part of one that was cut; an empty answer is an end of turn
-    ids = ids[:-1] or ids or [tokenizer.eos_token_id]
+def _gap(model: Any, request: Request, answer: Answer, tolerance: float) -> tuple[float, int, int]:
+    """How far the first token beyond the tolerance is below the model's best one, in nats, else the worst; its
+    place; and the best."""
     prompt = list(request.prompt_ids)
-    tokens = torch.tensor([prompt + ids], device=model.device)
+    tokens = torch.tensor([prompt + list(answer.ids)], device=model.device)
     with autocast(model):
         logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
     logps = torch.log_softmax(logits, dim=-1)
-    chosen = logps.gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    return float((logps.max(dim=-1).values - chosen).max())
+    taken = logps.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    gaps = logps.max(dim=-1).values - taken
+    beyond = (gaps > tolerance).nonzero()
+    place = int(beyond[0]) if len(beyond) else int(gaps.argmax())
+    return float(gaps[place]), place, int(logps[place].argmax())

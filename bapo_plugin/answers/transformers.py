@@ -1,15 +1,9 @@
-"""How base responses are made: by the model on this machine (a server: `server.py`).
-
-An engine takes requests (prompts as tokens, with a limit) and gives answers back as they are ready.
-"""
+"""Answers by a model on this machine: batched generation with a KV cache."""
 
 import gc
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
@@ -22,64 +16,17 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu
-from bapo_plugin.config import AnchorsConfig
+from bapo_plugin.answers.engine import Answer, Request, Sampling, seed_of
 
 LOG = get_logger("axolotl." + __name__)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be answered.
-
-    Args:
-        key: of the answer in the store.
-        prompt: as rendered, with template.
-        prompt_ids: its tokens.
-        limit: most tokens of the answer.
-    """
-
-    key: str
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    limit: int
-
-
-class Answer(NamedTuple):
-    """`text` without the tokens that end a turn; `num_tokens` it has; `cut` by its limit."""
-
-    text: str
-    num_tokens: int
-    cut: bool
-
-
-class Engine(Protocol):
-    """What makes answers."""
-
-    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Split requests into parts that are worked on together."""
-
-    def generate(
-        self, requests: Sequence[Request], on_tokens: Callable[[int], None]
-    ) -> Iterator[tuple[Request, Answer]]:
-        """Answer requests, in the order in which they get ready.
-
-        Args:
-            requests: one of `batches`, or a part of one.
-            on_tokens: told how many more tokens there are.
-        """
-
-    def close(self) -> None:
-        """Free memory and connections."""
-
-
-# ---------------------------------------------------------------- transformers
-
-
 class TransformersEngine:
-    """Batched generation with a KV cache, by the reference model as training loads it.
+    """Greedy or sampled answers of a model of transformers, wrapped by PEFT or not.
+
+    Nothing but `sampling` decides: a model's own defaults of generation (a repetition penalty, a
+    temperature) are not part of its distribution, and are left out.
 
     Greedy answers are those of one prompt at a time, up to rounding: padding is on the left and masked,
     but a batch of another shape may round differently, which matters where two tokens are equally
@@ -88,25 +35,28 @@ class TransformersEngine:
 
     Args:
         load: gives the model, in eval mode; called when the first batch is due.
-        tokenizer: for padding and decoding.
-        anchors: settings of the generation.
         stop_ids: tokens that end an answer.
+        sampling: how answers are drawn; default: greedily.
+        batch_size: most prompts at a time.
+        batch_tokens: most tokens (prompts, padding and answers) in memory at a time.
     """
+
+    streams = False
 
     def __init__(
         self,
         load: Callable[[], Any],
-        tokenizer: Any,
-        anchors: AnchorsConfig,
         stop_ids: Sequence[int],
+        sampling: Sampling | None = None,
+        batch_size: int = 32,
+        batch_tokens: int = 16384,
     ):
         self._load = load
         self._model: Any = None
-        self._tokenizer = tokenizer
-        self._anchors = anchors
         self._stop_ids = list(stop_ids)
-        pad = tokenizer.pad_token_id
-        self._pad_id = pad if pad is not None else self._stop_ids[0]
+        self._sampling = sampling or Sampling()
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
 
     @property
     def model(self) -> Any:
@@ -125,7 +75,7 @@ class TransformersEngine:
         for request in sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key)):
             rows = len(batches[-1]) + 1 if batches else 1
             width = max(longest, len(request.prompt_ids)) + max(limit, request.limit)
-            full = rows > self._anchors.batch_size or rows * width > self._anchors.batch_tokens
+            full = rows > self._batch_size or rows * width > self._batch_tokens
             if not batches or full:
                 batches.append([])
                 longest = limit = 0
@@ -158,28 +108,19 @@ class TransformersEngine:
         for request, ids in zip(requests, new_ids, strict=True):
             yield request, self._answer(request, ids)
 
-    def token_ids(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Answers to one batch as the model made them: with the token that ends it, where there is one."""
-        found = []
-        for request, ids in zip(requests, self._generate(requests, lambda n: None), strict=True):
-            ids = ids[: request.limit]
-            end = next((i + 1 for i, token in enumerate(ids) if token in self._stop_ids), None)
-            found.append(ids[:end])
-        return found
-
     def _generate(
         self, requests: Sequence[Request], on_tokens: Callable[[int], None]
     ) -> list[list[int]]:
         longest = max(len(request.prompt_ids) for request in requests)
-        ids = torch.full((len(requests), longest), self._pad_id)
+        ids = torch.full((len(requests), longest), self._stop_ids[0])  # padding is masked
         mask = torch.zeros_like(ids)
         for i, request in enumerate(requests):
             ids[i, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[i, longest - len(request.prompt_ids) :] = 1
         processors = LogitsProcessorList()
-        if self._anchors.temperature > 0:
-            processors.append(_SeededSampling(self._anchors, requests, self.model.device))
-        with torch.inference_mode(), autocast(self.model):
+        if self._sampling.temperature > 0:
+            processors.append(_SeededSampling(self._sampling, requests, self.model.device))
+        with torch.inference_mode(), autocast(self.model), _neutral(self.model):
             out = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
@@ -187,7 +128,7 @@ class TransformersEngine:
                     do_sample=False,
                     max_new_tokens=max(request.limit for request in requests),
                     eos_token_id=self._stop_ids,
-                    pad_token_id=self._pad_id,
+                    pad_token_id=self._stop_ids[0],
                     use_cache=True,
                 ),
                 logits_processor=processors,
@@ -198,12 +139,9 @@ class TransformersEngine:
         return out[:, longest:].tolist()
 
     def _answer(self, request: Request, ids: list[int]) -> Answer:
-        ends = [i for i, token in enumerate(ids[: request.limit]) if token in self._stop_ids]
-        kept = ids[: ends[0]] if ends else ids[: request.limit]
-        text = self._tokenizer.decode(
-            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return Answer(text, len(kept), not ends and bool(text.strip()))
+        ids = ids[: request.limit]
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._stop_ids), None)
+        return Answer(tuple(ids[:end]), end is None)
 
     def close(self) -> None:
         self._model = None
@@ -212,10 +150,22 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def seed_of(anchors: AnchorsConfig, request: Request) -> int:
-    """63 bits that follow from the run's seed and the prompt alone."""
-    digest = hashlib.sha256(repr((anchors.seed, request.prompt_ids)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+@contextmanager
+def _neutral(model: Any):
+    """Inside, the model has no defaults of generation, which `generate` would mix into ours."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = [
+        (m, m.generation_config)
+        for m in {id(m): m for m in (model, inner)}.values()
+        if hasattr(m, "generation_config")
+    ]
+    for part, _ in before:
+        part.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for part, config in before:
+            part.generation_config = config
 
 
 class _SeededSampling(LogitsProcessor):
@@ -224,13 +174,13 @@ class _SeededSampling(LogitsProcessor):
     The noise of a row comes from a generator seeded with the run's seed and the prompt.
     """
 
-    def __init__(self, anchors: AnchorsConfig, requests: Sequence[Request], device: torch.device):
-        self._warpers = [TemperatureLogitsWarper(float(anchors.temperature))]
-        if anchors.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(anchors.top_p))
+    def __init__(self, sampling: Sampling, requests: Sequence[Request], device: torch.device):
+        self._warpers = [TemperatureLogitsWarper(float(sampling.temperature))]
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._generators = []
         for request in requests:
-            seed = seed_of(anchors, request)
+            seed = seed_of(sampling, request)
             self._generators.append(torch.Generator(device).manual_seed(seed))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -275,33 +225,3 @@ def autocast(model: Any):
     enabled = half is not None and len(dtypes) > 1
     with torch.autocast(model.device.type, dtype=half, enabled=enabled):
         yield
-
-
-def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
-    """The reference model: loaded by axolotl as for training, without the adapter to be trained.
-
-    Args:
-        cfg: axolotl's validated configuration.
-        tokenizer: axolotl's for this configuration.
-        adapter_dir: an adapter that is part of the reference, or None.
-
-    Raises:
-        ValueError: the run shards weights over several processes, which generation can't do.
-    """
-    sharded = cfg.fsdp or cfg.fsdp_config or is_deepspeed_zero3_enabled()
-    if sharded and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            "rows lack base responses, and FSDP or ZeRO-3 shards the model that would make them; run `bapo "
-            "anchors` on this YAML first (with bapo.anchors.engine: server, if the model doesn't fit on one GPU)"
-        )
-    from axolotl.loaders import ModelLoader
-    from peft import PeftModel
-
-    LOG.info(f"Loading {cfg.base_model} to make base responses")
-    model, _ = ModelLoader(cfg, tokenizer).load()
-    if adapter_dir:
-        model = PeftModel.from_pretrained(model, adapter_dir)
-    keep_4bit_trainable_on_cpu(model)
-    # a model's own defaults (a repetition penalty, sampling) are not part of its distribution
-    model.generation_config = GenerationConfig()
-    return model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bapo_plugin.training.callbacks import write_whole
+from bapo_plugin.store import write_whole
 
 RESULT = "bapo-eval"
 

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
+from bapo_plugin.answers.prompts import Chat, FormerAnswer, held_out_answers, read_prompts
 from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.config import is_active
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
@@ -17,15 +18,7 @@ from bapo_plugin.evaluation.output import print_table, write
 from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.scoring.forward import response_logits
-from bapo_plugin.scoring.retention import (
-    FormerAnswer,
-    Retention,
-    former_answers,
-    greedy_answers,
-    held_out_answers,
-    measure,
-    read_prompts,
-)
+from bapo_plugin.scoring.retention import Retention, measure
 
 _SAMPLES = 8
 
@@ -107,16 +100,14 @@ def evaluate(
 def _former_answers(
     subject: Subject,
     prompts: str | None,
-    chats: list | None,
+    chats: list[Chat] | None,
     max_new_tokens: int,
     required: bool,
 ) -> list[FormerAnswer]:
     if chats is not None:
         bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
         with bar, subject.before():
-            return former_answers(
-                subject.model, subject.tokenizer, chats, max_new_tokens, on_answers=bar.update
-            )
+            return subject.asker().ask(chats, max_new_tokens, bar.update)
     if subject.cfg is None or not is_active(subject.cfg):
         if prompts is None and not required:
             return []
@@ -171,7 +162,7 @@ def _samples(
     after = {}
     for name in subject.adapters:
         with subject.after(name):
-            after[name] = greedy_answers(subject.model, subject.tokenizer, prompts, max_new_tokens)
+            after[name] = subject.asker().answer(prompts, max_new_tokens)
     return [
         {
             "prompt": answer.prompt,

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from bapo_plugin.answers.transformers import load_reference
+from bapo_plugin.answers.prompts import Asker
+from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
-from bapo_plugin.config import is_active
-from bapo_plugin.prepare import reference_adapter
+from bapo_plugin.config import is_active, parse_block
+from bapo_plugin.models import load_reference, reference_adapter
+from bapo_plugin.prepare import template_date
 from bapo_plugin.training.callbacks import RECORD
+
+LOG = get_logger("axolotl." + __name__)
 
 
 @dataclass
@@ -37,6 +43,13 @@ class Subject:
     start: str | None = None
     cfg: Any = None
 
+    def asker(self) -> Asker:
+        """Lets the model answer as it does for base responses, in the state that it is in."""
+        if self.cfg is None or not is_active(self.cfg):
+            return Asker(self.model, self.tokenizer)
+        own = own_stops(self.tokenizer, parse_block(dict(self.cfg.bapo)).anchors.stop)
+        return Asker(self.model, self.tokenizer, template_date(self.cfg), own)
+
     @contextmanager
     def before(self) -> Iterator[None]:
         """The model as it was before training."""
@@ -55,22 +68,26 @@ class Subject:
 
 
 def load_run(config: Path, folders: list[Path]) -> Subject:
+    """The model of a YAML, with the adapter in its output_dir, or those in `folders`.
+
+    Raises:
+        ValueError: there is no such file, or no adapter.
+    """
     if not config.is_file():
         raise ValueError(f"there is no file {config}")
-    cfg = load_cfg(str(config))
-    if not cfg.adapter:
-        raise ValueError(
-            f"{config} trains without an adapter: before and after are two models then; compare them with "
-            "lm_eval"
-        )
-    cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
-    adapters = _check_adapters(folders or [Path(cfg.output_dir)])
-    tokenizer = load_tokenizer(cfg)
-    start = reference_adapter(cfg) if is_active(cfg) else None
-    return _with_adapters(load_reference(cfg, tokenizer, None), tokenizer, adapters, start, cfg)
+    return _load(str(config), str(config), folders)
 
 
 def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject:
+    """The model that adapters were trained on, loaded as their run's record says.
+
+    Args:
+        folders: with adapters; of a run's folder or a checkpoint in it.
+        load_in_4bit: overrides the record.
+
+    Raises:
+        ValueError: they belong to different models.
+    """
     adapters = _check_adapters(folders)
     bases = {
         str(folder): PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -81,10 +98,16 @@ def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject
         raise ValueError(f"the adapters belong to different models ({pairs}); evaluate them apart")
     (base,) = set(bases.values())
     first = next(iter(adapters.values()))
+    if config := recorded_config(first):
+        if load_in_4bit is not None:
+            config |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
+            config["adapter"] = "qlora" if load_in_4bit else "lora"
+        return _load(DictDefault(config), f"the record of {first}", list(folders))
     if load_in_4bit is None:
-        record = first / RECORD
-        config = json.loads(record.read_text("utf-8"))["config"] if record.is_file() else {}
-        load_in_4bit = bool(config.get("load_in_4bit"))
+        LOG.warning(
+            f"{first} has no record of its run ({RECORD}): the model is loaded without quantisation; name the run's YAML, "
+            "or --load-in-4bit, if it was trained with it"
+        )
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
     quantization = BitsAndBytesConfig(
@@ -102,6 +125,49 @@ def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject
     has_tokenizer = (first / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(str(first) if has_tokenizer else base)
     return _with_adapters(model, tokenizer, adapters, None, None)
+
+
+def _load(config: Any, name: str, folders: list[Path]) -> Subject:
+    cfg = load_cfg(config)
+    if not isinstance(config, str):
+        Path(cfg.axolotl_config_path).unlink(missing_ok=True)  # axolotl wrote it to read it again
+    if not cfg.adapter:
+        raise ValueError(
+            f"{name} trains without an adapter: before and after are two models then; compare them with lm_eval"
+        )
+    cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
+    adapters = _check_adapters(folders or [Path(cfg.output_dir)])
+    tokenizer = load_tokenizer(cfg)
+    start = reference_adapter(cfg) if is_active(cfg) else None
+    return _with_adapters(load_reference(cfg, tokenizer, None), tokenizer, adapters, start, cfg)
+
+
+def recorded_config(folder: Path) -> dict[str, Any] | None:
+    """The YAML of the run that wrote a folder, or the folder above it (checkpoints); None where there is no record.
+
+    Names of files that were relative are taken from where the run was started.
+    """
+    for place in (folder.resolve(), folder.resolve().parent):
+        path = place / RECORD
+        if path.is_file():
+            break
+    else:
+        return None
+    record = json.loads(path.read_text("utf-8"))
+    config = record.get("config") or {}
+    if not config.get("base_model"):
+        return None  # a trainer without a YAML
+    config["output_dir"] = str(place)
+    started = Path(record.get("directory") or ".")
+    for key in ("base_model", "base_model_config", "lora_model_dir", "dataset_prepared_path"):
+        name = config.get(key)
+        if isinstance(name, str) and not Path(name).exists() and (started / name).exists():
+            config[key] = str(started / name)
+    for entry in (config.get("datasets") or []) + (config.get("test_datasets") or []):
+        name = entry.get("path")
+        if isinstance(name, str) and not Path(name).exists() and (started / name).exists():
+            entry["path"] = str(started / name)
+    return config
 
 
 def _check_adapters(folders: Sequence[Path]) -> dict[str, Path]:

@@ -1,29 +1,44 @@
-"""Render the base response through any DPO prompt strategy of axolotl.
+"""Rows through a DPO prompt strategy that isn't a chat template's: axolotl's `chatml.*`, `llama3.*`, `zephyr.*`,
+`passthrough`, `user_defined`, or a user's own.
 
-A strategy is a function row -> {prompt, chosen, rejected} that knows nothing of base responses. We
-don't teach it: we call it a second time on a copy of the row in which the base response stands
-where the chosen one stood. Template, EOS and stripping are then the same by construction, for
-axolotl's strategies and for a user's own.
-
-Where the chosen response stands in a row differs from strategy to strategy (a column, the last
-message of a list, an answer of the highest rank). So it is looked for: a place in the row is the
-right one if a marker put there turns up in the rendered chosen response and leaves the rendered
-prompt and rejected response as they were.
+A strategy is a function row -> {prompt, chosen, rejected}, texts, that knows nothing of base responses. A base
+response that a row brings is rendered by calling it a second time, with the base response where the chosen one
+stood. Where that is differs from strategy to strategy (a column, the last message of a list, an answer of the
+highest rank). So it is looked for: a place in the row is the right one if a marker put there turns up in the
+rendered chosen response and nowhere else.
 """
 
 import copy
 import functools
 import inspect
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+from bapo_plugin.rows.conversation import (
+    MESSAGES_AS_TEXT,
+    Fields,
+    check_repeat,
+    check_system,
+    read_base,
+    read_flag,
+    repeats,
+)
+from bapo_plugin.rows.errors import RowError, kind_of
+from bapo_plugin.rows.template import RenderedRow, StopTexts, has_words
+
 Row = dict[str, Any]
-# columns that `bapo_plugin.anchors` adds: the generated response, and whether a limit cut it
-GENERATED, GENERATED_CUT = "_bapo_base", "_bapo_base_cut"
 Transform = Callable[[Row], Row]
 Slot = tuple[Any, ...]  # keys that lead from the row to a string, e.g. ("chosen", -1, "content")
 
-_MARKER = "bapobaseresponsemarker"
+_MARKERS = {
+    "prompt": "bapopromptmarker",
+    "chosen": "bapochosenmarker",
+    "rejected": "baporejectedmarker",
+}
 # where each part is looked for first; all other columns follow
 _COLUMNS = {
     "chosen": ("chosen", "chosen_response"),
@@ -32,52 +47,35 @@ _COLUMNS = {
 }
 
 
-class Source(NamedTuple):
-    """One data set of the YAML: its name in messages, raw rows (a `datasets.Dataset`), how to render them."""
+class _Place(NamedTuple):
+    """Where a part stands in the row, and what the strategy puts before and after it."""
 
-    name: str
-    rows: Any
-    renderer: "BaseRenderer"
-
-
-class RowError(ValueError):
-    """A row that can't be used; the text says what is wrong with it and what mends it."""
+    slot: Slot
+    before: str
+    after: str
 
 
-class Rendered(NamedTuple):
-    """A row without its base response: texts; the prompt's own words, without template where that can
-    be told; the chosen and rejected response's place and frame."""
-
-    texts: Row
-    words: str
-    chosen: tuple[Slot, str, str]
-    rejected: tuple[Slot, str, str] | None
-
-
-class BaseRenderer:
-    """Callable row -> {"prompt", "chosen", "rejected", "base"}, all strings as the model sees them,
-    and "base_cut": whether the base response was cut by a limit, so that it has no end of turn.
+class StrategyRows:
+    """Callable row -> `RenderedRow`, through a prompt strategy.
 
     Args:
         transform: the strategy, already bound to its tokenizer.
-        field_base: column with the base response.
-        field_base_named: whether the user named it, so that it has to be there.
-        entry: the data set's entry in the YAML; read are `field_chosen`, `field_rejected`,
-            `field_prompt`, `field_messages`, `message_property_mappings` and `roles`, beside `type:`
-            or inside it.
+        fields: columns and keys of messages; `fields.base` is the column with the base response.
+        stops: ends of turn, for responses that bring one, or lack it.
+        entry: the data set's entry in the YAML; `field_chosen`, `field_rejected`, `field_prompt` and
+            `field_messages` name the columns to look at first.
     """
 
     def __init__(
         self,
         transform: Transform,
-        *,
-        field_base: str,
-        field_base_named: bool = False,
-        entry: Mapping | None = None,
+        fields: Fields,
+        stops: StopTexts,
+        entry: Mapping[str, Any] | None = None,
     ):
         self._transform = transform
-        self.field_base = field_base
-        self.field_base_named = field_base_named
+        self._fields = fields
+        self._stops = stops
         inner = (entry or {}).get("type")
         settings = {**(entry or {}), **(inner if isinstance(inner, Mapping) else {})}
         names = {part: [settings.get(f"field_{part}")] for part in _COLUMNS}
@@ -85,139 +83,94 @@ class BaseRenderer:
         self._columns = {
             part: tuple(filter(None, names[part])) + known for part, known in _COLUMNS.items()
         }
-        mapping = settings.get("message_property_mappings") or {}
-        self._role_keys = (mapping.get("role"), "role", "from")
-        self._content_keys = (mapping.get("content"), "content", "value")
-        roles = (settings.get("roles") or {}).get("assistant") or []
-        self._assistant = {"assistant", "gpt", "model", "chatgpt", *roles}
-        self._last_slot: dict[str, Slot] = {}
+        self._last: dict[str, _Place] = {}
+        self._only_place: _Place | None = None
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: Mapping[str, Any]) -> RenderedRow:
         """Render one row.
 
         Raises:
-            RowError: a response is missing, empty or of a wrong type, the strategy fails on the row,
-                or it gives no place for the base response.
+            RowError: a response is missing, empty, of a wrong type or not the assistant's, the strategy
+                fails on the row, changes its words, or gives no place for the base response.
         """
-        base, cut = self._base_text(row)
-        texts, _, chosen, rejected = self.render_pair(row)
-        slot, before, after = chosen
-        if not base.strip():  # only a generated response may be empty; strategies refuse such text
-            with_base = {**texts, "chosen": before + base + after}
-        else:
-            with_base = self._render(_replace(row, slot, base))
-        if any(with_base[name] != texts[name] for name in ("prompt", "rejected")):
-            raise RowError(
-                "the prompt strategy renders another prompt when it renders the base response"
-            )
-        out = {**texts, "base": with_base["chosen"], "base_cut": cut}
-        responses = {"chosen": (chosen, _get(row, slot)), "base": (chosen, base)}
-        if rejected is not None:
-            responses["rejected"] = (rejected, _get(row, rejected[0]))
-        for name, ((_, before, after), text) in responses.items():
-            # axolotl 0.19 cuts the response out of a rendered dummy conversation by looking for its
-            # text; what also occurs in the template is cut too early, and more than the turn is left
-            if out[name] != before + text + after and out[name].endswith(text + after):
-                raise RowError(
-                    f"{name} is so short that axolotl's chat template strategy finds it inside the "
-                    "template itself and cuts at the wrong place; lengthen the response or remove the row"
-                )
-        if cut:
-            out["base"] = out["base"].removesuffix(after)
-        return out
-
-    def render_pair(self, row: Row) -> Rendered:
-        """Render a row that may lack its base response.
-
-        Raises:
-            RowError: as for the whole row.
-        """
-        rendered = self._render(row)
+        row = dict(row)
+        self._check_columns(row)
+        texts = self._render(row)
         for name in _COLUMNS:
-            value = rendered.get(name)
+            value = texts.get(name)
             if not isinstance(value, str):
                 raise RowError(
-                    f"{name} is {_kind(value)} after the prompt strategy, not text; check the columns "
-                    "that `field_...` and `type` name"
+                    f"{name} is {kind_of(value)} after the prompt strategy, not text; check the columns that "
+                    "`field_...` and `type` name"
                 )
             if not value.strip():
                 raise RowError(f"{name} is empty; fill it or remove the row")
-        slots = {name: self._find_slot(row, rendered, name) for name in _COLUMNS}
-        for name, found in slots.items():
-            if found is not None:
-                self._check_source(row, rendered, name, found[0])
-        if slots["chosen"] is None:
+        places = self._places(row, texts)
+        for name, place in places.items():
+            if place is not None:
+                self._check_source(row, texts[name], name, place)
+        if places["chosen"] is None:
             raise RowError(
-                "found no place for the base response: no column can be changed such that only the "
-                "rendered chosen response changes; name the column of the chosen response with "
-                "`field_chosen:`"
+                "found no place for the base response: no column can be changed such that only the rendered chosen "
+                "response changes; name the column of the chosen response with `field_chosen:`"
             )
-        texts = {name: rendered[name] for name in ("prompt", "chosen", "rejected")}
-        words = _get(row, slots["prompt"][0]) if slots["prompt"] else texts["prompt"]
-        return Rendered(texts, words, slots["chosen"], slots["rejected"])
-
-    def lacks_base(self, row: Row) -> bool:
-        """Whether the row has no base response: no such column, or nothing in it."""
-        value = self._unwrap(row.get(self.field_base))
-        return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-    def wrap(self, text: str, like: Any) -> Any:
-        """The text in the form that a column's other values have: text, a message, or messages."""
-        if isinstance(like, Sequence) and not isinstance(like, str) and like:
-            return [self.wrap(text, like[-1])]
-        if isinstance(like, Mapping):
-            role = next((k for k in self._role_keys if like.get(k)), None)
-            content = next((k for k in self._content_keys if like.get(k) is not None), "content")
-            return dict.fromkeys(like) | ({role: like[role]} if role else {}) | {content: text}
-        return text
-
-    def source(self) -> str:
-        """Source text of the module that defines the strategy, for a cache key; "" where it has none."""
-        function = self._transform
-        while isinstance(function, functools.partial):
-            function = function.func
-        try:
-            return inspect.getsource(inspect.getmodule(function))
-        except (OSError, TypeError):
-            return ""
-
-    def _base_text(self, row: Row) -> tuple[str, bool]:
-        if row.get(GENERATED) is not None:
-            return row[GENERATED], bool(row[GENERATED_CUT])
-        name = self.field_base
-        if name not in row:
+        if texts["chosen"] == texts["rejected"]:
             raise RowError(
-                f"there is no column {name!r} with the base response (columns: "
-                f"{', '.join(c for c in map(str, row) if c not in (GENERATED, GENERATED_CUT))}); name it "
-                "with `field_base:` in the data set's entry"
+                "chosen and rejected are identical: there is no preference in it; remove the row"
             )
-        last = row[name]
-        if isinstance(last, Sequence) and not isinstance(last, str) and last:
-            last = last[-1]
-        if isinstance(last, Mapping):
-            role = next((last[k] for k in self._role_keys if last.get(k)), None)
-            if role is not None and role not in self._assistant:
-                raise RowError(f"{name} must end with a message of the assistant, not of {role!r}")
-        value = self._unwrap(row[name])
-        if self.lacks_base(row):
-            raise RowError(
-                f"{name} is {'missing' if value is None else 'empty'}; put there what the model answers to "
-                "the prompt before training, have it generated (bapo.anchors.on_missing: generate), or "
-                "remove the row"
-            )
-        if not isinstance(value, str):
-            raise RowError(
-                f"{name} is {_kind(value)}; it must be a string, a message or a list of messages"
-            )
-        return value, bool(row.get(f"{name}_cut"))
+        words = _get(row, places["prompt"].slot) if places["prompt"] else texts["prompt"]
+        check_system(row, texts["prompt"], None)
+        for prompt in (words, texts["prompt"]):
+            check_repeat(prompt, texts["chosen"], texts["rejected"])
+        notice = repeats(words, (texts["chosen"], texts["rejected"]))
+        base, cut = self._base(row, texts, places["chosen"])
+        return RenderedRow(
+            ask=texts["prompt"],
+            prompt=texts["prompt"],
+            chosen=self._stops.close(texts["chosen"]),
+            rejected=self._stops.close(texts["rejected"]),
+            base=base,
+            base_cut=cut,
+            words=words,
+            notices=(notice,) if notice else (),
+        )
 
-    def _unwrap(self, value: Any) -> Any:
-        """The text of a column that holds text, a message, or messages, of which the last one counts."""
-        if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            value = value[-1]
-        if isinstance(value, Mapping):
-            value = next((value[k] for k in self._content_keys if value.get(k) is not None), None)
-        return value
+    def _check_columns(self, row: Row) -> None:
+        for name in ("chosen", "rejected"):
+            column = next((c for c in self._columns[name] if c in row), None)
+            value = row.get(column)
+            if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
+                raise RowError(
+                    f"{name} is messages written as text (column {column!r}: {value[:60]!r}...); turn the column into "
+                    "lists of messages first, for example with json.loads, and use a `type:` for messages"
+                )
+            if isinstance(value, Sequence) and not isinstance(value, str) and value:
+                last = value[-1]
+                role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+                if isinstance(role, str) and self._fields.roles.get(role, role) != "assistant":
+                    raise RowError(
+                        f"{name} must end with a message of the assistant, not of {role!r}; remove what comes after "
+                        "the response, or the row"
+                    )
+
+    def _base(self, row: Row, texts: Row, place: _Place) -> tuple[str | None, bool]:
+        base, cut = read_base(row, self._fields, ())
+        if base is None:
+            return None, False
+        if not isinstance(base, str):
+            base = base["content"]
+        if place != self._only_place:
+            self._check_only_place(row, place)
+            self._only_place = place
+        changed = self._render(_replace(row, {place.slot: base}))
+        if any(changed[name] != texts[name] for name in ("prompt", "rejected")):
+            raise RowError(
+                "the prompt strategy renders another prompt when it renders the base response"
+            )
+        text = changed["chosen"]
+        if cut:
+            return text.removesuffix(place.after), True
+        return self._stops.close(text), False
 
     def _render(self, row: Row) -> Row:
         # strategies change the row they are given
@@ -226,55 +179,156 @@ class BaseRenderer:
         except Exception as error:
             empty = [column for column, value in row.items() if value in (None, "", [])]
             raise RowError(
-                f"the prompt strategy failed with {type(error).__name__}: {error}; check that the columns "
-                "it reads are there and filled" + (f" (empty: {', '.join(empty)})" if empty else "")
+                f"the prompt strategy failed with {type(error).__name__}: {error}; check that the columns it reads are "
+                "there and filled" + (f" (empty: {', '.join(empty)})" if empty else "")
             ) from error
         if not isinstance(rendered, Mapping):
             raise RowError(
-                f"the prompt strategy returned {_kind(rendered)}, not prompt, chosen and rejected"
+                f"the prompt strategy returned {kind_of(rendered)}, not prompt, chosen and rejected"
             )
         return rendered
 
-    def _find_slot(self, row: Row, rendered: Row, name: str) -> tuple[Slot, str, str] | None:
-        """Where the text of `name` stands in the row, and what the strategy puts before and after it."""
+    def _places(self, row: Row, texts: Row) -> dict[str, _Place | None]:
+        """Where each part stands: as in the row before, where all three still do, else looked for."""
+        if len(self._last) == len(_COLUMNS) and (places := self._as_before(row, texts)):
+            return places
+        places = {name: self._find(row, texts, name) for name in _COLUMNS}
+        self._last = {name: place for name, place in places.items() if place is not None}
+        return places
+
+    def _as_before(self, row: Row, texts: Row) -> dict[str, _Place | None] | None:
+        try:
+            slots = {place.slot: _MARKERS[name] for name, place in self._last.items()}
+            rendered = self._render(_replace(row, slots))
+        except (RowError, LookupError, TypeError):
+            return None
+        for name, place in self._last.items():
+            if rendered.get(name) != place.before + _MARKERS[name] + place.after:
+                return None
+        return dict(self._last)
+
+    def _find(self, row: Row, texts: Row, name: str) -> _Place | None:
         candidates = dict.fromkeys(self._slots(row, name))
-        last = self._last_slot.get(name)
-        if last in candidates:
-            candidates = dict.fromkeys((last, *candidates))
+        if (last := self._last.get(name)) and last.slot in candidates:
+            candidates = dict.fromkeys((last.slot, *candidates))
         others = [other for other in _COLUMNS if other != name]
+        marker = _MARKERS[name]
         for slot in candidates:
             try:
-                trial = self._render(_replace(row, slot, _MARKER))
+                trial = self._render(_replace(row, {slot: marker}))
             except RowError:
                 continue
             text = str(trial.get(name))
-            if _MARKER in text and all(trial.get(o) == rendered[o] for o in others):
-                self._last_slot[name] = slot
-                before, _, after = text.partition(_MARKER)
-                return slot, before, after
+            if marker in text and all(trial.get(o) == texts[o] for o in others):
+                before, _, after = text.partition(marker)
+                return _Place(slot, before, after)
         return None
 
-    def _check_source(self, row: Row, rendered: Row, name: str, slot: Slot) -> None:
+    def _check_only_place(self, row: Row, place: _Place) -> None:
+        """Nothing else of the row may get into the chosen response: the base response would get it too."""
+        for slot in self._slots(row, "chosen"):
+            value = _get(row, slot)
+            if slot == place.slot or not isinstance(value, str) or not value.strip():
+                continue
+            try:
+                trial = self._render(_replace(row, {slot: "bapoothermarker"}))
+            except RowError:
+                continue
+            if "bapoothermarker" in str(trial.get("chosen")):
+                one, other = (".".join(map(str, s)) for s in (place.slot, slot))
+                raise RowError(
+                    f"the prompt strategy makes the chosen response of two places of the row, {one} and {other}, so that "
+                    f"the base response would get the {other} of the chosen one; put both into one column, or let base "
+                    "responses be generated (`field_base: false`)"
+                )
+
+    def _check_source(self, row: Row, text: str, name: str, place: _Place) -> None:
         """What a strategy wraps into a template looks like text even if there was none."""
-        value, column = _get(row, slot), slot[0]
+        value, column = _get(row, place.slot), place.slot[0]
         if value is None or (isinstance(value, str) and not value.strip()):
             state = "missing" if value is None else "empty"
             raise RowError(f"{name} is {state} (column {column!r}); fill it or remove the row")
         if not isinstance(value, str):
-            raise RowError(f"{name} is {_kind(value)} (column {column!r}); it must be text")
-        if len(slot) > 1 and str(row[column]) in rendered[name]:
+            raise RowError(f"{name} is {kind_of(value)} (column {column!r}); it must be text")
+        if len(place.slot) > 1 and str(row[column]) in text:
             raise RowError(
-                f"{name} is {_kind(row[column])} (column {column!r}), but this `type:` takes text there; use "
-                "one for messages, such as chat_template.default"
+                f"{name} is {kind_of(row[column])} (column {column!r}), but this `type:` takes text there; use one for "
+                "messages, such as chat_template.default"
+            )
+        if not has_words(text, value):
+            raise RowError(
+                f"the prompt strategy does not write {name} as the row has it: {value.strip()[:60]!r} became "
+                f"{text[:60]!r}"
             )
 
     def _slots(self, row: Row, name: str) -> Iterator[Slot]:
         columns = [c for c in self._columns[name] if c in row]
-        own = (self.field_base, f"{self.field_base}_cut", GENERATED, GENERATED_CUT)
+        own = (self._fields.base, f"{self._fields.base}_cut")
         columns += [c for c in row if c not in columns and c not in own]
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))
+
+
+class TextRows:
+    """Callable row -> `RenderedRow`, for rows whose columns prompt, chosen, rejected and base are rendered already.
+
+    Args:
+        stops: ends of turn, for responses that bring one, or lack it.
+    """
+
+    def __init__(self, stops: StopTexts):
+        self._stops = stops
+
+    def __call__(self, row: Mapping[str, Any]) -> RenderedRow:
+        """Take one row.
+
+        Raises:
+            RowError: a column is not text, or chosen and rejected are the same.
+        """
+        names = ("prompt", "chosen", "rejected", "base")
+        for name in names:
+            if not isinstance(row.get(name), str):
+                raise RowError(
+                    f"{name} is {kind_of(row.get(name))}, not text; apply the chat template first"
+                )
+        prompt, chosen, rejected, base = (row[name] for name in names)
+        if chosen == rejected:
+            raise RowError(
+                "chosen and rejected are identical: there is no preference in it; remove the row"
+            )
+        cut = read_flag(row.get("base_cut"), "base_cut")
+        if not cut:
+            base = self._stops.close(base)
+        chosen, rejected = self._stops.close(chosen), self._stops.close(rejected)
+        return RenderedRow(prompt, prompt, chosen, rejected, base, cut, prompt)
+
+
+def source_of(transform: Transform) -> list[tuple[str, str]]:
+    """(module, source text) of all modules of a strategy of the user's own, also of those that it imports: for a
+    cache key. Installed packages are left out; their versions are their own."""
+    function: Any = transform
+    while isinstance(function, functools.partial):
+        function = function.func
+    installed = tuple(
+        sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")
+    )
+    found: dict[str, str] = {}
+    waiting = [inspect.getmodule(function)]
+    while waiting:
+        module = waiting.pop()
+        path = getattr(module, "__file__", None)
+        if module is None or module.__name__ in found or not path or path.startswith(installed):
+            continue
+        found[module.__name__] = Path(path).read_text("utf-8", errors="replace")
+        for value in vars(module).values():
+            name = (
+                value.__name__
+                if isinstance(value, ModuleType)
+                else getattr(value, "__module__", None)
+            )
+            waiting.append(sys.modules.get(name) if isinstance(name, str) else None)
+    return sorted(found.items())
 
 
 def _leaves(value: Any, path: Slot) -> Iterator[Slot]:
@@ -297,11 +351,8 @@ def _get(row: Row, slot: Slot) -> Any:
     return value
 
 
-def _replace(row: Row, slot: Slot, text: str) -> Row:
+def _replace(row: Row, texts: Mapping[Slot, str]) -> Row:
     row = copy.deepcopy(row)
-    _get(row, slot[:-1])[slot[-1]] = text
+    for slot, text in texts.items():
+        _get(row, slot[:-1])[slot[-1]] = text
     return row
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"

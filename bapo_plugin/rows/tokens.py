@@ -1,82 +1,93 @@
-"""Preference rows: text to token ids, checks, and one length policy over all three responses."""
+"""Rendered rows to token ids, and one length policy over all three responses."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from axolotl.utils.logging import get_logger
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Features, Value
+from datasets import Sequence as SequenceOf
 
-from bapo_plugin.rows.strategies import RowError
-
-LOG = get_logger("axolotl." + __name__)
+from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.template import RenderedRow, common_prefix
 
 RESPONSES = ("chosen", "rejected", "base")
 TEXTS = ("prompt", *RESPONSES)
 IDS = tuple(f"{name}_ids" for name in TEXTS)
-SHOWN_PROBLEMS = 10
-# of `prepare_row`; given to `map` because it would keep the source's type for a column of the same name
+_MARKS = ("ask", "words", "row_hash", "length", "problem", "notice")
+# of `prepare_batch`; given to `map` because it would keep the source's type for a column of the same name
 FEATURES = Features(
-    {name: Value("string") for name in (*TEXTS, "length", "problem")}
-    | {name: Sequence(Value("int64")) for name in IDS}
+    {name: Value("string") for name in (*TEXTS, *_MARKS)}
+    | {name: SequenceOf(Value("int32")) for name in (*IDS, "open_ids")}
+    | {"row": Value("int64"), "base_cut": Value("bool"), "lacks": Value("bool")}
 )
+# columns of a row that is ready for training; open_tokens: how many tokens of base_ids the model was asked with
+READY = (*TEXTS, *IDS, "open_tokens")
 LengthStrategy = Literal["drop", "truncate", "raise"]
 
 
-def tokenize_row(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
-    """Token ids of a rendered row.
-
-    The tokens are those of TRL's DPOTrainer: prompt and prompt + response are tokenised as whole
-    texts, an end-of-sequence token is added where the response lacks one, a doubled BOS (template
-    and tokenizer both add one) is made single. Where the last characters of the prompt merge with
-    the first of a response into one token, TRL warns and trains on a text that nobody wrote; here
-    the prompt then ends earlier, at the last token that all three share, so that the text stays
-    right.
+class Encoder:
+    """Text to token ids, as the model will see it.
 
     Args:
-        row: "prompt", "chosen", "rejected", "base": rendered text. With "base_cut" the base response was
-            cut by a limit: no end-of-sequence token is added to it.
         tokenizer: a `PreTrainedTokenizerBase`.
+        from_template: a chat template wrote the texts, with all special tokens that belong there. Else the
+            tokenizer adds its own at the beginning; one that is there already is not doubled, and an end of
+            sequence that the tokenizer would put after every text is left out: a text says itself where it ends.
+    """
 
-    Returns:
-        "prompt_ids", "chosen_ids", "rejected_ids", "base_ids"; none is empty.
+    def __init__(self, tokenizer: Any, from_template: bool):
+        self._tokenizer = tokenizer
+        self._from_template = from_template
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        tokenizer = self._tokenizer
+        found = tokenizer(list(texts), add_special_tokens=not self._from_template)["input_ids"]
+        if self._from_template:
+            return found
+        return [self._single(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def _single(self, ids: list[int], text: str) -> list[int]:
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if eos is not None and ids and ids[-1] == eos:
+            written = text.endswith(self._tokenizer.eos_token)
+            if not written or ids[-2:] == [eos, eos]:
+                ids = ids[:-1]
+        return ids
+
+
+def split_ids(ask: list[int], wholes: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """The beginning that all share, and the rest of each whole.
+
+    Prompt and prompt + response are tokenised as whole texts. Where the last characters of the prompt
+    merge with the first of a response into one token, the prompt ends earlier, so that no response has a
+    token that its text doesn't give.
 
     Raises:
-        RowError: a text is not a string, the prompt has no token of its own, or chosen and rejected
-            are the same.
+        RowError: nothing is shared, or a response has no token of its own.
     """
-    for name in TEXTS:
-        if not isinstance(row.get(name), str):
-            raise RowError(
-                f"{name} is {type(row.get(name)).__name__}, not text; apply the chat template first"
-            )
-    if row["chosen"] == row["rejected"]:
+    prompt = common_prefix([ask, *wholes])
+    if not prompt:
         raise RowError(
-            "chosen and rejected are identical: there is no preference in it; remove the row"
+            "the prompt is empty or no token of it stays the same before all responses; fill it or remove the row"
         )
-    open_ended = ("base",) if row.get("base_cut") else ()
-    prompt = encode(tokenizer, row["prompt"])
-    texts = [row[r] if r in open_ended else _with_eos(row[r], tokenizer) for r in RESPONSES]
-    full = [encode(tokenizer, row["prompt"] + text) for text in texts]
-    shared = _common_prefix(prompt, *full)
-    if shared == 0:
-        raise RowError(
-            "the prompt is empty or no token of it stays the same before all three responses"
-        )
-    ids = {"prompt_ids": prompt[:shared]}
-    for name, tokens in zip(RESPONSES, full, strict=True):
-        if len(tokens) == shared:
+    rest = [whole[len(prompt) :] for whole in wholes]
+    for name, ids in zip(RESPONSES, rest, strict=False):
+        if not ids:
             raise RowError(f"{name} has no token after the prompt; fill it or remove the row")
-        ids[f"{name}_ids"] = tokens[shared:]
-    return ids
+    return prompt, rest
 
 
 def fit_length(
-    ids: dict[str, list[int]], sequence_len: int, strategy: LengthStrategy
+    row: Mapping[str, Any], sequence_len: int, strategy: LengthStrategy
 ) -> tuple[dict[str, list[int]], str]:
-    """Apply the length policy to a tokenised row, looking at all three responses.
+    """Apply the length policy to a row's token ids, looking at all three responses.
 
     Args:
-        ids: from `tokenize_row`.
+        row: with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids`.
         sequence_len: most tokens of prompt + response.
         strategy: "truncate" cuts responses at their end; a row whose prompt leaves no room, or whose
             chosen and rejected are the same once cut, can't be mended and is "long". "drop" and
@@ -85,8 +96,9 @@ def fit_length(
     Returns:
         The ids and "fits", "cut" or "long".
     """
+    ids = {key: row[key] for key in IDS}
     room = sequence_len - len(ids["prompt_ids"])
-    responses = [f"{name}_ids" for name in RESPONSES]
+    responses = IDS[1:]
     if all(len(ids[key]) <= room for key in responses):
         return ids, "fits"
     if strategy != "truncate" or room <= 0:
@@ -95,85 +107,125 @@ def fit_length(
     return cut, "long" if cut["chosen_ids"] == cut["rejected_ids"] else "cut"
 
 
-def prepare_row(
-    row: dict[str, Any],
-    render: Callable[[dict], dict],
-    tokenizer: Any,
+def prepare_batch(
+    batch: Mapping[str, list],
+    indices: Sequence[int],
+    read: Callable[[dict], RenderedRow],
+    encode: Encoder,
     sequence_len: int,
     strategy: LengthStrategy,
-) -> dict[str, Any]:
-    """Render, tokenise and fit one row, for `Dataset.map` with `FEATURES`.
+) -> dict[str, list]:
+    """Render and tokenise rows, for `Dataset.map(batched=True, with_indices=True)` with `FEATURES`.
+
+    Args:
+        batch: column -> values.
+        indices: of the rows in the data set.
+        read: row -> text.
+        encode: text -> ids.
+        sequence_len, strategy: see `fit_length`.
 
     Returns:
-        Texts and ids, "length" ("fits", "cut" or "long") and "problem": what makes the row unusable,
-        "" where nothing does, so that all faulty rows of a data set can be reported together.
+        `FEATURES`: texts and ids; `open_ids`, what the model is asked with beyond `prompt_ids`; `row`, the row's number
+        from 1; `lacks`, no base response (then `base_ids` is empty, `ask` is the text that asks for it, and `row_hash`
+        names the row whatever its template is); `length`, "fits", "cut" or "long" ("" where a base
+        response is still to come); `problem`, what makes the row unusable, and `notice`, what is odd in it, ""
+        where nothing is.
     """
-    out: dict[str, Any] = dict.fromkeys(TEXTS, "") | {name: [] for name in IDS}
-    try:
-        texts = render(row)
-        ids, length = fit_length(tokenize_row(texts, tokenizer), sequence_len, strategy)
-        return out | {name: texts[name] for name in TEXTS} | ids | {"length": length, "problem": ""}
-    except RowError as error:
-        return out | {"length": "", "problem": str(error)}
+    names = list(batch)
+    columns = [batch[name] for name in names]
+    blank: dict[str, Any] = dict.fromkeys((*TEXTS, *_MARKS), "")
+    blank |= {key: [] for key in (*IDS, "open_ids")} | {"base_cut": False, "lacks": False}
+    out = [blank | {"row": i + 1} for i in indices]
+    rendered: list[RenderedRow | None] = []
+    texts: list[str] = []
+    for made, values in zip(out, zip(*columns, strict=True), strict=True):
+        try:
+            row = read(dict(zip(names, values, strict=True)))
+        except RowError as error:
+            made["problem"] = str(error)
+            rendered.append(None)
+            continue
+        rendered.append(row)
+        texts.append(row.ask)
+        texts += [row.prompt + row.chosen, row.prompt + row.rejected]
+        if row.base is not None:
+            texts.append(row.prompt + row.base)
+    ids = iter(encode(texts) if texts else ())
+    for i, (made, row) in enumerate(zip(out, rendered, strict=True)):
+        if row is None:
+            continue
+        ask = next(ids)
+        wholes = [next(ids) for _ in range(2 if row.base is None else 3)]
+        try:
+            made |= _row_of(row, ask, wholes)
+        except RowError as error:
+            made["problem"] = str(error)
+            continue
+        if made["lacks"]:
+            made |= {"ask": row.ask, "row_hash": _hash_of(names, [c[i] for c in columns])}
+        _fit(made, sequence_len, strategy)
+    return {key: [row[key] for row in out] for key in FEATURES}
 
 
-def faulty_rows(rows: Dataset) -> list[tuple[int, str]]:
-    """(row number from 1, problem) of the prepared rows that can't be used."""
-    return [(i, text) for i, text in enumerate(rows["problem"], start=1) if text]
+def _row_of(row: RenderedRow, ask: list[int], wholes: list[list[int]]) -> dict[str, Any]:
+    prompt, rest = split_ids(ask, wholes)
+    return {
+        "prompt": row.prompt,
+        "chosen": row.chosen,
+        "rejected": row.rejected,
+        "base": row.base or "",
+        "prompt_ids": prompt,
+        "chosen_ids": rest[0],
+        "rejected_ids": rest[1],
+        "base_ids": [] if row.base is None else rest[2],
+        # a base response that goes on from what the model is asked with
+        "open_ids": ask[len(prompt) :] if row.base is None or wholes[2][: len(ask)] == ask else [],
+        "words": row.words,
+        "base_cut": row.base_cut,
+        "lacks": row.base is None,
+        "notice": "; ".join(row.notices),
+    }
 
 
-def report_rows(name: str, faulty: list[tuple[int, str]], total: int) -> str:
-    """One message about a data set's faulty rows; the first ten are shown."""
-    lines = [f"{name}: {len(faulty)} of {total} rows can't be used (rows counted from 1):"]
-    lines += [f"  row {i}: {text}" for i, text in faulty[:SHOWN_PROBLEMS]]
-    if len(faulty) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(faulty) - SHOWN_PROBLEMS} more")
-    return "\n".join(lines)
+def _hash_of(names: Sequence[str], values: Sequence[Any]) -> str:
+    filled = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    text = json.dumps(filled, default=str, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def apply_policy(name: str, rows: Dataset, sequence_len: int) -> Dataset:
-    """Drop what is marked "long", say how many rows were touched, remove the marks.
+def _fit(row: dict[str, Any], sequence_len: int, strategy: LengthStrategy) -> None:
+    if not row["lacks"]:
+        ids, row["length"] = fit_length(row, sequence_len, strategy)
+        row |= ids
+    elif len(row["prompt_ids"]) + len(row["open_ids"]) >= sequence_len:
+        row["length"] = "long"  # no base response could make it fit
 
-    Raises:
-        ValueError: no row is left.
+
+def complete_batch(
+    batch: Mapping[str, list],
+    answers: Callable[[Mapping[str, int]], Mapping[str, tuple[Sequence[int], bool]]],
+    decode: Callable[[list[int]], str],
+    sequence_len: int,
+    strategy: LengthStrategy,
+) -> dict[str, list]:
+    """Put generated base responses into rows of `prepare_batch`, for `Dataset.map(batched=True)`.
+
+    Args:
+        batch: `FEATURES`, `key` of the answer, "" where none is needed, and `limit`, its most tokens.
+        answers: {key: limit} -> {key: (token ids as the model gave them, whether the limit cut them)}.
+        decode: token ids -> text, special tokens included.
+        sequence_len, strategy: see `fit_length`.
     """
-    lengths = list(rows["length"])
-    cut, long = lengths.count("cut"), lengths.count("long")
-    if cut or long:
-        LOG.warning(
-            f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut} rows cut, "
-            f"{long} dropped, {len(rows) - cut - long} untouched"
-        )
-    if long == len(rows):
-        raise ValueError(
-            f"{name}: all {long} rows are longer than sequence_len: {sequence_len}; raise sequence_len or "
-            "set `excess_length_strategy: truncate`"
-        )
-    if long:
-        rows = rows.select([i for i, length in enumerate(lengths) if length != "long"])
-    return rows.remove_columns(["length", "problem"])
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a rendered text, with BOS and EOS made single."""
-    ids = list(tokenizer(text)["input_ids"])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    if eos is not None and ids[-2:] == [eos, eos]:
-        ids = ids[:-1]
-    return ids
-
-
-def _with_eos(text: str, tokenizer: Any) -> str:
-    eos = tokenizer.eos_token
-    return text if not eos or text.endswith(eos) else text + eos
-
-
-def _common_prefix(*sequences: list[int]) -> int:
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
+    found = answers({k: n for k, n in zip(batch["key"], batch["limit"], strict=True) if k})
+    out = []
+    for values in zip(*(batch[name] for name in FEATURES), strict=True):
+        out.append(dict(zip(FEATURES, values, strict=True)))
+    for row, key in zip(out, batch["key"], strict=True):
+        if not key:
+            continue
+        ids, row["base_cut"] = found[key]
+        row["base"] = decode([*row["open_ids"], *ids])
+        row["base_ids"] = [*row["open_ids"], *ids]
+        row["lacks"] = False
+        _fit(row, sequence_len, strategy)
+    return {key: [row[key] for row in out] for key in FEATURES}

@@ -20,18 +20,14 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from bapo_plugin.answers.stops import named_stops
 from bapo_plugin.compat import disable_gradient_checkpointing, keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.loss import PREFERENCE_LOSSES, ResponseLogps, bapo_loss
-from bapo_plugin.rows.tokens import (
-    FEATURES,
-    IDS,
-    TEXTS,
-    apply_policy,
-    faulty_rows,
-    prepare_row,
-    report_rows,
-)
+from bapo_plugin.rows.strategies import TextRows
+from bapo_plugin.rows.table import Faults, finish
+from bapo_plugin.rows.template import StopTexts
+from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
 from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, num_rows
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import refusal, self_check
@@ -43,8 +39,9 @@ from bapo_plugin.scoring.reference import (
     weights_key,
 )
 from bapo_plugin.scoring.shared_prefix import install, uninstall, unwrap_peft
-from bapo_plugin.training.callbacks import RetentionCallback, RunRecord
+from bapo_plugin.training.callbacks import RunRecord
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
+from bapo_plugin.training.retention import RetentionCallback
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -230,12 +227,16 @@ class BAPOTrainer(AxolotlDPOTrainer):
             )
         limit = args.max_length or 2**31
         name = f"the {dataset_name} data set"
+        tokenizer = self._tokenizer
         with PartialState().main_process_first():
             rows = dataset.map(
-                prepare_row,
+                prepare_batch,
+                batched=True,
+                batch_size=256,
+                with_indices=True,
                 fn_kwargs={
-                    "render": dict,  # the columns are rendered already
-                    "tokenizer": self._tokenizer,
+                    "read": TextRows(StopTexts(tokenizer, named_stops(tokenizer, None))),
+                    "encode": Encoder(tokenizer, from_template=False),
                     "sequence_len": limit,
                     "strategy": "truncate",
                 },
@@ -243,9 +244,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 features=FEATURES,
                 desc=f"Tokenizing {dataset_name} dataset",
             )
-        if faulty := faulty_rows(rows):
-            raise ValueError(report_rows(name, faulty, len(rows)))
-        return apply_policy(name, rows, limit)
+        faults = Faults(Path(args.output_dir), "error")
+        rows = faults.take(name, rows, len(rows))
+        faults.settle(write=False)
+        return finish(rows, name, limit, "truncate", "keep")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -120,7 +120,7 @@ CLAIMER = """
 import sys, time
 from bapo_plugin.store import Store
 store = Store(sys.argv[1])
-print(",".join(store.claim("a", sys.argv[2].split(","))), flush=True)
+print(",".join(store.claim(sys.argv[2].split(","))), flush=True)
 time.sleep(60)
 """
 
@@ -133,11 +133,11 @@ def test_claims_exclude_other_processes_and_end_with_them(tmp_path):
             [sys.executable, "-c", CLAIMER, path, "done,x,y"], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline().strip() == "x,y"
-        assert store.claim("a", ["done", "x", "z"]) == ["z"]
-        assert store.claim("a", ["z"]) == ["z"], "a claim of one's own can be claimed again"
+        assert store.claim(["done", "x", "z"]) == ["z"]
+        assert store.claim(["z"]) == ["z"], "a claim of one's own can be claimed again"
         process.kill()
         process.wait()
-        assert store.claim("a", ["x"]) == ["x"]
+        assert store.claim(["x"]) == ["x"]
         store.put("a", {"x": b"1"}, done=["x"])
         store.release(["z"])
         assert store._db.execute("SELECT key FROM claims").fetchall() == [("y",)]
@@ -146,17 +146,17 @@ def test_claims_exclude_other_processes_and_end_with_them(tmp_path):
 def test_claims_of_another_machine_end_without_a_sign_of_life(tmp_path):
     with Store(tmp_path / "s.sqlite") as store:
         store._owner = ("elsewhere", 1, 0.0)
-        store.claim("a", ["x"])
+        store.claim(["x"])
         store._owner = ("here", 2, 0.0)
-        assert store.claim("a", ["x"]) == []
+        assert store.claim(["x"]) == []
         store._db.execute("UPDATE claims SET renewed = renewed - 121")
-        assert store.claim("a", ["x"]) == ["x"]
+        assert store.claim(["x"]) == ["x"]
 
 
 def test_claims_are_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr("bapo_plugin.store._LEASE", 0.2)
     with Store(tmp_path / "s.sqlite") as store:
-        store.claim("a", ["x"])
+        store.claim(["x"])
         before = store._db.execute("SELECT renewed FROM claims").fetchone()
         with store.keep_claims_alive():
             time.sleep(0.3)

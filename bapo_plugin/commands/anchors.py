@@ -1,0 +1,130 @@
+"""What `bapo anchors` does."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl.cli.config import load_cfg
+from axolotl.loaders import load_tokenizer
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bapo_plugin.anchors.generate import shorten
+from bapo_plugin.anchors.plan import explain, make_plan, usable
+from bapo_plugin.answers.engine import shown
+from bapo_plugin.config import is_active
+from bapo_plugin.prepare import Preparation
+from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
+from bapo_plugin.rows.sources import Source
+from bapo_plugin.store import Store
+
+
+def write_anchors(config: Path, output: Path | None) -> None:
+    """Make what is missing; write rows with base responses.
+
+    Raises:
+        ValueError: the configuration is not one of BAPO, or as `add_anchors`.
+    """
+    work = _open(config)
+    anchors = work.bapo.anchors
+    if anchors.on_missing != "generate":
+        raise ValueError(
+            f"bapo.anchors.on_missing must be generate for this command; the YAML says {anchors.on_missing}"
+        )
+    rendered = work.rendered(keep=True)
+    made_by = work.made_by()
+    keyed = work.keyed(rendered, made_by)
+    with Store(work.store_path, "base responses") as store:
+        summary = work.make_missing(keyed, made_by, store)
+        print(str(summary) if summary.rows else "Every row has a base response already.")
+        print(f"The responses are kept in {work.store_path}")
+        if output is None or int(os.environ.get("RANK", 0)):
+            return
+        sources = [
+            (split, i, s) for split, parts in work.splits.items() for i, s in enumerate(parts)
+        ]
+        for split, i, source in sources:
+            path = output
+            if len(sources) > 1:
+                path = output.with_name(f"{output.stem}-{split}{i}{output.suffix}")
+            rows = _filled(work, source, keyed[split][i], store)
+            _write(rows, path)
+            print(f"Wrote {len(rows):,} rows of {source.name} to {path}")
+
+
+def explain_anchors(config: Path) -> None:
+    """Print which responses are reused, which would be made, and why."""
+    work = _open(config)
+    made_by = work.made_by()
+    keyed = work.keyed(work.rendered(keep=True), made_by)
+    sources = [rows for parts in keyed.values() for rows in parts]
+    with Store(work.store_path, "base responses") as store:
+        plan = make_plan(sources, store, made_by, work.stop_ids)
+        reasons = explain(sources, plan, store)
+    table = Table(title=f"Base responses in {work.store_path}", show_lines=True)
+    table.add_column("rows", justify="right")
+    table.add_column("what and why", ratio=2)
+    table.add_column("first prompts", ratio=2)
+    own = sum(not lacks for rows in sources for lacks in rows["lacks"])
+    long = sum(map(len, sources)) - own - plan.rows
+    if own:
+        table.add_row(str(own), "in the data set itself", "")
+    if long:
+        table.add_row(str(long), "none: the prompt leaves no room within sequence_len", "")
+    for reason, rows, prompts in reasons:
+        table.add_row(str(rows), Text(reason), Text("\n".join(shorten(p, 100) for p in prompts)))
+    Console().print(table)
+
+
+def _open(config: Path) -> Preparation:
+    cfg = load_cfg(str(config))
+    if not is_active(cfg):
+        raise ValueError(
+            f"{config} is not a configuration of BAPO: it needs `rl: bapo` (and, before axolotl 0.21, "
+            "`plugins: [bapo_plugin.BAPOPlugin]`)"
+        )
+    return Preparation(cfg, load_tokenizer(cfg))
+
+
+def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) -> Dataset:
+    """The raw rows, with the generated responses in the base column and marks of those that were cut.
+
+    A row whose prompt leaves no room has no response: null.
+    """
+    name, rows = source.fields.base or "base", source.rows
+    marks = f"{name}_cut"
+    own: Sequence[Any] = rows[name] if name in rows.column_names else [None] * len(rows)
+    cut: Sequence[Any] = rows[marks] if marks in rows.column_names else [None] * len(rows)
+    base, base_cut = list(own), [read_flag(value, marks) for value in cut]
+    like = next((v for v in own if not is_blank(v)), "")
+    stops = set(work.stop_ids)
+    for part in rendered.select_columns(["row", "key", "limit"]).iter(batch_size=1000):
+        limits = {k: n for k, n in zip(part["key"], part["limit"], strict=True) if k}
+        answers = usable(store, limits)
+        for row, key in zip(part["row"], part["key"], strict=True):
+            if key:
+                ids = shown(answers[key].ids, stops)
+                base[row - 1] = wrap(work.tokenizer.decode(ids), like, source.fields)
+                base_cut[row - 1] = answers[key].cut
+    drop = [c for c in (name, marks) if c in rows.column_names]
+    rows = rows.remove_columns(drop)
+    return rows.add_column(name, base).add_column(marks, base_cut)
+
+
+def _write(rows: Dataset, path: Path) -> None:
+    """As a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".parquet":
+            rows.to_parquet(str(partial))
+        else:
+            with partial.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

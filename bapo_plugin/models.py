@@ -1,0 +1,66 @@
+"""Models as a configuration's training loads them."""
+
+import os
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from bapo_plugin.anchors.provenance import ReferenceSpec
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+
+LOG = get_logger("axolotl." + __name__)
+
+# keys of the YAML that change what a loaded model computes
+_LOADING = (
+    *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "torch_dtype"),
+    *("model_quantization_config", "model_quantization_config_kwargs", "overrides_of_model_config"),
+    *("overrides_of_model_kwargs", "resize_token_embeddings_to_32x", "type_of_model"),
+    *("attn_implementation", "experts_implementation"),
+)
+
+
+def reference_adapter(cfg: Any) -> str | None:
+    """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`."""
+    return cfg.lora_model_dir if cfg.bapo.get("reference", "start") == "start" else None
+
+
+def reference_spec(cfg: Any, adapter: str | None) -> ReferenceSpec:
+    """What the reference of a configuration is made of."""
+    same = cfg.base_model_config in (None, cfg.base_model)
+    return ReferenceSpec(
+        model=cfg.base_model,
+        revision=cfg.revision_of_model,
+        adapter=adapter,
+        config=None if same else cfg.base_model_config,
+        remote_code=bool(cfg.trust_remote_code),
+        loading={key: cfg.get(key) for key in _LOADING},
+    )
+
+
+def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
+    """The reference model: loaded by axolotl as for training, without the adapter to be trained.
+
+    Args:
+        cfg: axolotl's validated configuration.
+        tokenizer: axolotl's for this configuration.
+        adapter_dir: an adapter that is part of the reference, or None.
+
+    Raises:
+        ValueError: the run shards weights over several processes, which generation can't do.
+    """
+    sharded = cfg.fsdp or cfg.fsdp_config or is_deepspeed_zero3_enabled()
+    if sharded and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "rows lack base responses, and FSDP or ZeRO-3 shards the model that would make them; run `bapo "
+            "anchors` on this YAML first (with bapo.anchors.engine: server, if the model doesn't fit on one GPU)"
+        )
+    from axolotl.loaders import ModelLoader
+    from peft import PeftModel
+
+    LOG.info(f"Loading {cfg.base_model} to make base responses")
+    model, _ = ModelLoader(cfg, tokenizer).load()
+    if adapter_dir:
+        model = PeftModel.from_pretrained(model, adapter_dir)
+    keep_4bit_trainable_on_cpu(model)
+    return model.eval()

@@ -1,0 +1,45 @@
+"""Rows of axolotl's `chat_template.*` formats: read into a conversation, written by the template."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bapo_plugin.rows.conversation import (
+    Fields,
+    check_system,
+    odd_order,
+    read_base,
+    read_conversation,
+    repeats,
+)
+from bapo_plugin.rows.template import ChatTemplate, RenderedRow
+
+
+class ChatRows:
+    """Callable row -> `RenderedRow`, by the chat template.
+
+    Args:
+        template: writes the conversation.
+        fields: columns and keys of the rows.
+    """
+
+    def __init__(self, template: ChatTemplate, fields: Fields):
+        self._template = template
+        self._fields = fields
+
+    def __call__(self, row: Mapping[str, Any]) -> RenderedRow:
+        """Render one row.
+
+        Raises:
+            RowError: the row isn't what the format says, or the template doesn't write all of it.
+        """
+        conversation = read_conversation(row, self._fields)
+        base, cut = read_base(row, self._fields, conversation.history)
+        rendered = self._template.render(conversation, base, cut)
+        check_system(row, rendered.ask, self._fields.system)
+        order = odd_order(conversation.history)
+        found = (
+            *rendered.notices,
+            order and f"roles of the prompt don't take turns ({order})",
+            repeats(rendered.words, (rendered.chosen, rendered.rejected)),
+        )
+        return rendered._replace(notices=tuple(filter(None, found)))

@@ -1,0 +1,96 @@
+"""The data sets of a configuration: their raw rows, and how these are read."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset, DatasetDict
+
+from bapo_plugin.rows.conversation import Fields, is_blank
+from bapo_plugin.rows.template import RenderedRow
+from bapo_plugin.rows.tokens import Encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the YAML.
+
+    Args:
+        name: in messages.
+        rows: raw rows.
+        read: row -> text.
+        encode: text -> ids.
+        fields: columns and keys.
+        identity: everything that its rendered rows depend on besides rows and tokenizer, for a cache key.
+        templates: chat templates that write it.
+    """
+
+    name: str
+    rows: Dataset
+    read: Callable[[dict], RenderedRow]
+    encode: Encoder
+    fields: Fields
+    identity: Any
+    template: str | None = None
+
+
+def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple[str, Dataset]]:
+    """(name, rows) of the parts that an entry stands for.
+
+    Args:
+        entry: with all the keys of the YAML.
+        name: for messages.
+        token: for data sets on the hub.
+
+    Raises:
+        ValueError: it has no rows, or not the split.
+    """
+    for config in datasets_with_name_generator([entry]):
+        rows = load_dataset_with_config(config, token, streaming=False)
+        if isinstance(rows, DatasetDict):
+            if "train" not in rows:
+                raise ValueError(
+                    f"{name} has no split 'train' but {', '.join(rows)}: name one with `split:`"
+                )
+            rows = rows["train"]
+        if config.get("shards"):
+            rows = rows.shard(config["shards"], config.get("shards_idx") or 0)
+        if len(rows) == 0:
+            raise ValueError(f"{name} has no rows: check the file and `split:`")
+        yield name, rows
+
+
+def lacks_bases(source: Source) -> bool:
+    """Whether a row of the source may have no base response."""
+    column = source.fields.base
+    if column is None or column not in source.rows.column_names:
+        return True
+    for part in source.rows.select_columns([column]).iter(batch_size=1000):
+        if any(
+            is_blank(value) or (isinstance(value, (list, dict)) and _is_empty(value))
+            for value in part[column]
+        ):
+            return True
+    return False
+
+
+def _is_empty(value: Any) -> bool:
+    """A message or messages without words."""
+    last = value[-1] if isinstance(value, list) else value
+    if not isinstance(last, Mapping):
+        return False
+    return not any(
+        isinstance(v, str) and v.strip() for k, v in last.items() if k not in ("role", "from")
+    )
+
+
+def content_hash(rows: Dataset) -> str:
+    """Of what the rows say; the fingerprint of `datasets` follows the file's time stamp instead."""
+    digest = hashlib.sha256(str(rows.features).encode())
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()

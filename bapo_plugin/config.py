@@ -319,8 +319,7 @@ class BAPOConfig(_Block):
     entries: dict[str, list[dict[str, Any]]] | None = Field(
         default=None,
         json_schema_extra={
-            "description": "Filled in by the plugin with the entries of `datasets:` and `test_datasets:` as written; do not "
-            "set it."
+            "description": "Filled in by the plugin with the data sets' entries as written; do not set it."
         },
     )
 

@@ -14,7 +14,6 @@ import yaml
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 
-from bapo_plugin.checks import check_config
 from bapo_plugin.config import TRAINER_CLS, is_active
 
 if TYPE_CHECKING:
@@ -37,8 +36,11 @@ class BAPOPlugin(BasePlugin):
         """
         if str(cfg.get("rl") or "").lower() != "bapo":
             return
+        from bapo_plugin import last_word
+        from bapo_plugin.checks import check_config
         from bapo_plugin.compat import route_evaluate_to_plugins
 
+        last_word.install()
         bapo = check_config(cfg).model_dump(exclude_none=True)
         # axolotl's data set schema drops keys that it doesn't know, also of its own; they are kept here
         bapo["entries"] = {
@@ -63,7 +65,7 @@ class BAPOPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict | None:
         if not is_active(cfg):
             return None
-        from bapo_plugin.prepare import template_date
+        from bapo_plugin.opening import template_date
 
         now = template_date(cfg)
         return {

@@ -7,14 +7,12 @@ model gave. The result is kept under `dataset_prepared_path`, under a key of eve
 """
 
 import hashlib
-import inspect
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +21,8 @@ from typing import Any
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.loaders import load_tokenizer
-from axolotl.prompt_strategies.dpo import load as load_strategy
-from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.shared import merge_datasets
 from axolotl.utils.data.utils import deduplicate_and_log_datasets
-from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, load_from_disk
 from filelock import FileLock
@@ -37,18 +32,13 @@ from bapo_plugin.anchors.plan import make_plan, usable, with_keys
 from bapo_plugin.anchors.provenance import fingerprint, provenance, tokenizer_hash
 from bapo_plugin.answers.engine import Engine, Sampling
 from bapo_plugin.answers.server import ServerEngine
-from bapo_plugin.answers.stops import all_stops, named_stops, own_stops
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.models import load_reference, reference_adapter, reference_spec
-from bapo_plugin.rows.chat import ChatRows
-from bapo_plugin.rows.conversation import fields_of
-from bapo_plugin.rows.entries import NO_BASE
-from bapo_plugin.rows.sources import Source, content_hash, lacks_bases, raw_rows
-from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.opening import Opening, store_path
+from bapo_plugin.rows.sources import Source, content_hash, lacks_bases
 from bapo_plugin.rows.table import Faults, finish, overlap, split_by_prompt
-from bapo_plugin.rows.template import ChatTemplate, StopTexts, special_texts
-from bapo_plugin.rows.tokens import FEATURES, Encoder, complete_batch, prepare_batch
+from bapo_plugin.rows.tokens import FEATURES, complete_batch, prepare_batch
 from bapo_plugin.store import Store
 
 LOG = get_logger("axolotl." + __name__)
@@ -103,22 +93,6 @@ def prepare_rows(
     return train, None
 
 
-def store_path(cfg: Any) -> Path:
-    """Where base responses of a configuration are kept."""
-    folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
-    return Path(parse_block(dict(cfg.bapo)).anchors.store or folder / "bapo-anchors.sqlite")
-
-
-def template_date(cfg: Any) -> datetime | None:
-    """What a template that writes the date got to hear in the rows of a configuration; None where none asked."""
-    path = store_path(cfg)
-    if not path.is_file():
-        return None
-    with Store(path, "base responses") as store:
-        kept = store.get("date", ["now"]).get("now")
-    return datetime.fromisoformat(kept.decode()) if kept else None
-
-
 class Preparation:
     """The data sets of a configuration, on their way to tokenised rows.
 
@@ -135,141 +109,14 @@ class Preparation:
         self.folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
         self.store_path = store_path(cfg)
         self._adapter = None if evaluation else reference_adapter(cfg)
-        self._named = named_stops(tokenizer, cfg.base_model, cfg.revision_of_model)
-        self._now: datetime | None = None
-        self._templates: dict[str, ChatTemplate] = {}
+        self._opening = Opening(cfg, tokenizer)
         self.splits = {
-            split: [s for i in range(len(cfg[split])) for s in self._open(split, i)]
+            split: [s for i in range(len(cfg[split])) for s in self._opening.sources(split, i)]
             for split in SPLITS
             if cfg[split]
         }
         self._keep = not cfg.skip_prepare_dataset
         self._contents: dict[int, str] = {}
-
-    # ------------------------------------------------------------ sources
-
-    def _open(self, split: str, index: int) -> list[Source]:
-        """The data sets of an entry."""
-        written = ((self.bapo.entries or {}).get(split) or [{}] * (index + 1))[index]
-        entry = DictDefault({**self.cfg[split][index], **written})
-        base = entry.get("field_base")
-        base = self.bapo.field_base if base is None else base
-        named = isinstance(base, str)
-        name = f"{split}[{index}] ({entry.path})"
-        fields = fields_of(
-            entry, None if base is NO_BASE else base or "base", self._kind(entry) or False
-        )
-        found = []
-        identity: Any
-        template = None
-        if self._kind(entry) is not None:
-            template = self._template(entry)
-            read, encode = ChatRows(template, fields), Encoder(self.tokenizer, from_template=True)
-            identity = [template.text, str(self._now)]
-        else:
-            strategy = self._strategy(split, index, entry)
-            read = StrategyRows(strategy, fields, self._stop_texts(), entry)
-            encode = Encoder(self.tokenizer, from_template=False)
-            identity = [source_of(strategy), self.tokenizer.chat_template]
-        for part_name, rows in raw_rows(entry, name, self.cfg.hf_use_auth_token):
-            if named and base not in rows.column_names:
-                raise ValueError(
-                    f"{name}: there is no column {base!r} with the base response (columns: "
-                    f"{', '.join(rows.column_names)}); mend `field_base:`, or remove it to have base responses generated"
-                )
-            found.append(
-                Source(
-                    part_name,
-                    rows,
-                    read,
-                    encode,
-                    fields,
-                    [dict(entry), base, identity],
-                    template and template.text,
-                )
-            )
-        return found
-
-    @staticmethod
-    def _kind(entry: Any) -> bool | None:
-        """Whether the entry is a chat format with whole conversations; None where it is no chat format."""
-        kind = entry.get("type")
-        return _CHAT.get(kind) if isinstance(kind, str) else None
-
-    def _template(self, entry: Any) -> ChatTemplate:
-        text = get_chat_template_from_config(self.cfg, entry, self.tokenizer)
-        if text not in self._templates:
-            if "strftime_now" in text and self._now is None:
-                self._now = self._date()
-            template = ChatTemplate(self.tokenizer, text, self._named, self._now)
-            if template.end_id is None:
-                LOG.warning(
-                    f"The chat template ends turns with {template.end!r}, which is no token of this tokenizer, so nothing stops "
-                    "the model there; add it to `tokens:` or use the model's own template"
-                )
-            self._templates[text] = template
-        return self._templates[text]
-
-    def _date(self) -> datetime:
-        """The time that templates get to hear: that of the first rendering, else a new day would make all
-        prompts other ones."""
-        with Store(self.store_path, "base responses") as store:
-            kept = store.put_first("date", "now", datetime.now().isoformat().encode())
-        now = datetime.fromisoformat(kept.decode())
-        LOG.info(
-            f"The chat template writes the date; it stays that of the first rendering, {now:%Y-%m-%d %H:%M} (kept in "
-            f"{self.store_path})"
-        )
-        return now
-
-    def _strategy(self, split: str, index: int, entry: Any) -> Any:
-        """The data set's own prompt strategy, bound to the tokenizer."""
-        kind = entry.get("type")
-        if not kind:
-            return lambda row: row  # no type: the columns are rendered already
-        if isinstance(kind, dict):
-            kind = "user_defined.default"
-        # strategies read cfg.datasets[index], also for a test data set
-        entries = [entry if i == index else other for i, other in enumerate(self.cfg[split])]
-        strategy = load_strategy(
-            kind, DictDefault({**self.cfg, "datasets": entries}), dataset_idx=index
-        )
-        if isinstance(strategy, tuple):
-            strategy = strategy[0]
-        if strategy is None:
-            raise ValueError(
-                f"{split}[{index}].type: {kind!r} is not a DPO prompt strategy of axolotl or of yours "
-                "(the warning above has the reason); examples are chat_template.default, chatml.intel"
-            )
-        if "tokenizer" in inspect.signature(strategy).parameters:
-            strategy = partial(strategy, tokenizer=self.tokenizer)
-        return strategy
-
-    def _stop_texts(self) -> StopTexts:
-        """Ends of turn that rows may bring: the tokenizer's, the model's, and that of its chat template."""
-        ends: set[int | None] = set(self._named)
-        if text := self.tokenizer.chat_template:
-            try:
-                ends.add(ChatTemplate(self.tokenizer, text, self._named).end_id)
-            except ValueError:
-                pass  # not one that these rows need
-        # axolotl's own formats write these, whatever the tokenizer's template is
-        special = special_texts(self.tokenizer)
-        ends |= {i for i, text in special.items() if text in ("<|im_end|>", "<|eot_id|>")}
-        return StopTexts(self.tokenizer, ends - {None})
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        ends = [template.end_id for template in self._templates.values()]
-        if not ends and self.tokenizer.chat_template:
-            try:
-                ends = [
-                    ChatTemplate(self.tokenizer, self.tokenizer.chat_template, self._named).end_id
-                ]
-            except ValueError:
-                pass
-        return all_stops(self._named, ends, own_stops(self.tokenizer, self.bapo.anchors.stop))
 
     # ------------------------------------------------------------ stages
 
@@ -388,7 +235,7 @@ class Preparation:
             return provenance(
                 reference_spec(self.cfg, self._adapter),
                 self.tokenizer,
-                sorted(self._templates),
+                sorted(self._opening.templates),
                 self.bapo.anchors,
                 self.stop_ids,
                 store,
@@ -403,6 +250,11 @@ class Preparation:
             split: [with_keys(rows, made_by, *limits) for rows in parts]
             for split, parts in rendered.items()
         }
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return self._opening.stop_ids
 
     def make_missing(
         self, keyed: dict[str, list[Dataset]], made_by: dict[str, Any], store: Store
@@ -427,10 +279,13 @@ class Preparation:
         if anchors.engine == "transformers":
             engine = TransformersEngine(load, self.stop_ids, sampling, *sizes)
             return engine, lambda: engine.model and None
-        ends = [template.end_id for template in self._templates.values()]
-        end = next(iter(ends), self.tokenizer.eos_token_id)
         server = ServerEngine(
-            self.tokenizer, anchors.server, sampling, self.cfg.base_model, self.stop_ids, end
+            self.tokenizer,
+            anchors.server,
+            sampling,
+            self.cfg.base_model,
+            self.stop_ids,
+            self._opening.end_id,
         )
 
         def probe() -> None:
@@ -492,7 +347,7 @@ class Preparation:
             FORMAT,
             version("axolotl"),
             [(s.name, self._content(s), s.identity) for s in sources],
-            [tokenizer_hash(self.tokenizer), sorted(self._named)],
+            [tokenizer_hash(self.tokenizer), sorted(self._opening.named)],
             [cfg.sequence_len, self._policy],
         ]
         if index is None:

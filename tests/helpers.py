@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.prepare import open_sources
+from bapo_plugin.prepare import Preparation
 
 
 def training_args(output_dir, **changes):
@@ -163,8 +163,7 @@ def write_config(folder, **changes):
     return path
 
 
-def anchor_sources(config):
-    """(cfg, tokenizer, sources) of a YAML, as `bapo anchors` opens it."""
+def preparation(config):
+    """The data sets of a YAML, as `bapo anchors` opens them."""
     cfg = load_cfg(str(config))
-    tokenizer = load_tokenizer(cfg)
-    return cfg, tokenizer, open_sources(cfg, tokenizer, "datasets")
+    return Preparation(cfg, load_tokenizer(cfg))

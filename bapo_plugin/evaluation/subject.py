@@ -20,7 +20,7 @@ from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.models import load_reference, reference_adapter
-from bapo_plugin.prepare import template_date
+from bapo_plugin.opening import template_date
 from bapo_plugin.training.callbacks import RECORD
 
 LOG = get_logger("axolotl." + __name__)

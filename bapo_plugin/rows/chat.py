@@ -3,14 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bapo_plugin.rows.conversation import (
-    Fields,
-    check_system,
-    odd_order,
-    read_base,
-    read_conversation,
-    repeats,
-)
+from bapo_plugin.rows.conversation import Fields, read_base, read_conversation
+from bapo_plugin.rows.oddities import check_system, odd_order, repeats
 from bapo_plugin.rows.template import ChatTemplate, RenderedRow
 
 

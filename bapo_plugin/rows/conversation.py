@@ -9,12 +9,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from bapo_plugin.rows.errors import RowError, kind_of
-
-Message = dict[str, Any]
+from bapo_plugin.rows.oddities import (
+    Message,
+    check_head,
+    check_history,
+    check_repeat,
+    plain,
+)
 
 # role of a conversation -> what data sets call it; `roles:` of the entry adds to it
 ROLES = {
@@ -23,8 +27,6 @@ ROLES = {
     "assistant": ("assistant", "gpt", "model", "chatgpt", "bot"),
     "tool": ("tool", "function", "ipython", "observation"),
 }
-# keys under which a message may hold the model's thoughts
-REASONING = ("reasoning_content", "reasoning", "thinking")
 MESSAGES_AS_TEXT = re.compile(r"""^\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
@@ -110,28 +112,28 @@ def read_conversation(row: Mapping[str, Any], fields: Fields) -> Conversation:
                 f"chosen has no message before the response (column {fields.chosen!r}), but this `type:` takes the "
                 "prompt from there; use chat_template.default with `field_messages:`"
             )
-        if _plain(rejected[:-1]) != _plain(history):
+        if plain(rejected[:-1]) != plain(history):
             raise RowError(
                 "chosen and rejected have different histories, so they don't answer the same prompt; make their "
                 "messages before the last one equal, or remove the row"
             )
     else:
         history = _history(row, fields)
-        _check_history(history)
+        check_history(history)
         for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            _check_head(name, messages[:-1], history)
+            check_head(name, messages[:-1], history)
     if fields.system and (text := row.get(fields.system)):
         if not isinstance(text, str):
             raise RowError(f"system is {kind_of(text)} (column {fields.system!r}); it must be text")
         if history[0]["role"] != "system":
             history = [{"role": "system", "content": text}, *history]
-    _check_history(history)
+    check_history(history)
     check_repeat(history[-1]["content"], chosen[-1]["content"], rejected[-1]["content"])
     return Conversation(history, chosen[-1], rejected[-1], _tools(row, fields))
 
 
 def read_base(
-    row: Mapping[str, Any], fields: Fields, history: Sequence[Message]
+    row: Mapping[str, Any], fields: Fields, history: Sequence[Message] | None = None
 ) -> tuple[str | Message | None, bool]:
     """The base response that a row brings to this history, and whether a limit cut it.
 
@@ -153,7 +155,8 @@ def read_base(
         )
     if not last["content"].strip() and not set(last) - {"role", "content"}:
         return None, False
-    _check_head("base", messages[:-1], history)
+    if history is not None:
+        check_head("base", messages[:-1], history)
     cut = read_flag(row.get(f"{name}_cut"), f"{name}_cut")
     return (last["content"] if set(last) == {"role", "content"} else last), cut
 
@@ -335,100 +338,6 @@ def _tools(row: Mapping[str, Any], fields: Fields) -> list[dict] | None:
             f"tools is {kind_of(tools)} (column {fields.tools!r}); it must be a list of JSON schemas"
         )
     return [_without_null(tool) for tool in tools]
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _check_history(history: list[Message]) -> None:
-    last = history[-1]
-    if last["role"] == "assistant":
-        raise RowError(
-            "the prompt ends with a message of the assistant, so that the response would be a second answer; name "
-            "the column of the prompt with `field_messages: prompt`, or use chat_template.argilla_chat where chosen "
-            "and rejected hold whole conversations"
-        )
-    if last["role"] == "system":
-        raise RowError("the prompt has no message of the user; add one or remove the row")
-    for i, message in enumerate(history, start=1):
-        if message["role"] != "system" and not message["content"].strip():
-            if not set(message) & {"tool_calls", *REASONING}:
-                where = (
-                    "prompt is empty: its last message"
-                    if i == len(history)
-                    else f"message {i} of the prompt"
-                )
-                raise RowError(f"{where} has no words; fill it or remove the row")
-
-
-def check_repeat(prompt: str, chosen: str, rejected: str) -> None:
-    """Refuse responses that begin with the prompt, as where columns hold whole texts.
-
-    Raises:
-        RowError: both do.
-    """
-    prompt = prompt.strip()
-    if len(prompt.split()) > 1 and all(r.lstrip().startswith(prompt) for r in (chosen, rejected)):
-        raise RowError(
-            "chosen and rejected both begin with the prompt, so that it would be trained as a part of the answer; leave "
-            f"only the answers in them (prompt: {prompt[:60]!r})"
-        )
-
-
-def repeats(prompt: str, responses: Sequence[str]) -> str:
-    """A notice where a response holds the whole prompt, "" where none does."""
-    prompt = prompt.strip()
-    if len(prompt.split()) >= 5 and any(prompt in response for response in responses):
-        return "the words of the prompt stand in a response too"
-    return ""
-
-
-def check_system(row: Mapping[str, Any], prompt: str, used: str | None) -> None:
-    """Refuse a column with a system message that the prompt lacks.
-
-    Raises:
-        RowError: the words of such a column aren't in the prompt's text.
-    """
-    for column, value in row.items():
-        if "system" not in str(column).lower() or not isinstance(value, str) or not value.strip():
-            continue
-        if column != used and value.strip() not in prompt:
-            raise RowError(
-                f"the column {column!r} holds a system message ({value.strip()[:60]!r}) that this `type:` leaves out; use it "
-                f"with `field_system: {column}` (for chat_template.*) or a `type:` that does, such as chatml.intel, or "
-                "remove the column"
-            )
-
-
-def odd_order(history: Sequence[Message]) -> str:
-    """Roles that don't take turns, as "user, user"; "" where they do. Some data is like that; it is said once."""
-    roles = [m["role"] for m in history]
-    turns = roles[1:] if roles[0] == "system" else roles
-    follow = {
-        "user": ("assistant",),
-        "assistant": ("user", "tool"),
-        "tool": ("assistant", "tool", "user"),
-    }
-    if turns[0] != "user":
-        return f"{turns[0]} first"
-    for before, after in pairwise(turns):
-        if after not in follow.get(before, ()):
-            return f"{before}, {after}"
-    return ""
-
-
-def _check_head(name: str, head: list[Message], history: list[Message]) -> None:
-    """Messages before a response repeat the prompt, or they are another one."""
-    plain = _plain(head)
-    if plain and plain != _plain(history)[-len(plain) :]:
-        raise RowError(
-            f"{name} brings another history than the prompt; make them equal, keep only the response in {name}, or "
-            "use chat_template.argilla_chat, which takes the prompt from chosen"
-        )
-
-
-def _plain(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(m["role"], m["content"].strip()) for m in messages]
 
 
 def _own_role(value: Any, fields: Fields) -> Any:

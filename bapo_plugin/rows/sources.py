@@ -25,7 +25,6 @@ class Source:
         encode: text -> ids.
         fields: columns and keys.
         identity: everything that its rendered rows depend on besides rows and tokenizer, for a cache key.
-        templates: chat templates that write it.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Source:
     encode: Encoder
     fields: Fields
     identity: Any
-    template: str | None = None
 
 
 def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple[str, Dataset]]:
@@ -46,10 +44,17 @@ def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple
         token: for data sets on the hub.
 
     Raises:
-        ValueError: it has no rows, or not the split.
+        ValueError: it can't be loaded, has no rows, or not the split.
     """
     for config in datasets_with_name_generator([entry]):
-        rows = load_dataset_with_config(config, token, streaming=False)
+        try:
+            rows = load_dataset_with_config(config, token, streaming=False)
+        except Exception as error:  # whatever axolotl, `datasets`, or a hub runs into
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"{name} can't be loaded: {type(cause).__name__}: {cause}; check `path:`, `split:` and `ds_type:`, and the "
+                "file itself"
+            ) from error
         if isinstance(rows, DatasetDict):
             if "train" not in rows:
                 raise ValueError(

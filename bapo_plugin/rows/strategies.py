@@ -18,16 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bapo_plugin.rows.conversation import (
-    MESSAGES_AS_TEXT,
-    Fields,
-    check_repeat,
-    check_system,
-    read_base,
-    read_flag,
-    repeats,
-)
+from bapo_plugin.rows.conversation import MESSAGES_AS_TEXT, Fields, read_base, read_flag
 from bapo_plugin.rows.errors import RowError, kind_of
+from bapo_plugin.rows.oddities import check_repeat, check_system, repeats
 from bapo_plugin.rows.template import RenderedRow, StopTexts, has_words
 
 Row = dict[str, Any]
@@ -154,7 +147,7 @@ class StrategyRows:
                     )
 
     def _base(self, row: Row, texts: Row, place: _Place) -> tuple[str | None, bool]:
-        base, cut = read_base(row, self._fields, ())
+        base, cut = read_base(row, self._fields)
         if base is None:
             return None, False
         if not isinstance(base, str):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from bapo_plugin.rows.conversation import REASONING, Conversation, Message
+from bapo_plugin.rows.conversation import Conversation
 from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.oddities import REASONING, Message
 
 _SPACE = re.compile(r"\s+")
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
@@ -111,7 +112,7 @@ class ChatTemplate:
         for name, message in (("chosen", conversation.chosen), ("rejected", conversation.rejected)):
             whole, doubled = self._whole(history, message, tools)
             start = _end_of_words(ask, whole, history)
-            _check_response(whole[start:], message, name)
+            self._check_response(whole[start:], message, name)
             if doubled:
                 notices.append(f"{name} brings an end of turn of its own, which was taken off")
             wholes.append(whole)
@@ -147,14 +148,31 @@ class ChatTemplate:
             return ask + base
         message = {"role": "assistant", "content": base} if isinstance(base, str) else base
         whole, _ = self._whole(history, message, tools)
+        start = _end_of_words(ask, whole, history)
         if isinstance(base, str) and not (
-            whole.startswith(ask) and has_words(whole[len(ask) :], self._stops.strip(base))
+            whole.startswith(ask) and has_words(whole[start:], self._stops.strip(base))
         ):
             # the template writes a message otherwise than the model goes on after what it was asked with
             return ask + self._stops.strip(base) + self._end.text
-        start = _end_of_words(ask, whole, history)
-        _check_response(whole[start:], message, "base")
+        self._check_response(whole[start:], message, "base")
         return whole.removesuffix(self._end.text) if cut else whole
+
+    def _check_response(self, text: str, message: Message, name: str) -> None:
+        thoughts = next(
+            (message[key] for key in REASONING if isinstance(message.get(key), str)), ""
+        )
+        for part in (thoughts, message["content"]):
+            if not has_words(text, self._stops.strip(part)):
+                kept, shown = text[:60], part.strip()[:60]
+                raise RowError(
+                    f"the chat template does not write {name} as the row has it: {shown!r} became {kept!r}"
+                    + (
+                        "; it leaves thoughts out, so this data needs a template that writes them"
+                        if "</think>" in part or part is thoughts
+                        else "; use another template, or mend the row"
+                    )
+                )
+        _check_calls(text, message, name)
 
     def _whole(
         self, history: Sequence[Message], message: Message, tools: list[dict] | None
@@ -226,22 +244,6 @@ def _check_history(ask: str, history: Sequence[Message], tools: list[dict] | Non
                 f"the chat template doesn't write the tool {name!r} into the prompt; use a template that takes tools, "
                 "or remove the column of the tools"
             )
-
-
-def _check_response(text: str, message: Message, name: str) -> None:
-    thoughts = next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
-    for part in (thoughts, message["content"]):
-        if not has_words(text, part):
-            kept, shown = text[:60], part.strip()[:60]
-            raise RowError(
-                f"the chat template does not write {name} as the row has it: {shown!r} became {kept!r}"
-                + (
-                    "; it leaves thoughts out, so this data needs a template that writes them"
-                    if "</think>" in part or part is thoughts
-                    else "; use another template, or mend the row"
-                )
-            )
-    _check_calls(text, message, name)
 
 
 def _check_calls(text: str, message: Message, name: str) -> None:
@@ -351,8 +353,10 @@ def _find_end(tokenizer: Any, apply: Callable[..., str], stops: set[int]) -> _En
     try:
         turns = [{"role": "user", "content": "giraffe"}, {"role": "assistant", "content": said}]
         last = apply(turns)
+        if said not in last:
+            raise RowError(f"the answer {said!r} became {last!r}")
         tail = last[last.rindex(said) + len(said) :]
-    except ValueError as error:
+    except RowError as error:
         raise ValueError(
             f"the chat template can't write a question and an answer: {error}; check `chat_template:`"
         ) from error

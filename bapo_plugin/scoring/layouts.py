@@ -5,11 +5,115 @@ on the model as it is loaded.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
-from bapo_plugin.scoring.shared_prefix import unwrap_peft
+from bapo_plugin.compat import disable_gradient_checkpointing
+from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator
+from bapo_plugin.scoring.forward import ResponseForward
+from bapo_plugin.scoring.reference import evaluating
+from bapo_plugin.scoring.shared_prefix import install, uninstall, unwrap_peft
+
+LOG = get_logger("axolotl." + __name__)
+
+
+def choose_collator(
+    models: Sequence[nn.Module],
+    forward: ResponseForward,
+    *,
+    wanted: str,
+    tokens_per_batch: int | None,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    mixed_precision: str,
+    autocast: Callable[[], AbstractContextManager],
+    checkpointing: dict | None,
+    refused: str | None,
+) -> PaddedCollator | SharedPrefixCollator:
+    """The layout of batches: one prompt for three responses where that is proven on the models.
+
+    Args:
+        models: policy, and the reference where it is a model of its own.
+        forward: that of training.
+        wanted: "auto", "off" or "require".
+        tokens_per_batch: with a shared prefix, most tokens at a time.
+        pad_token_id, pad_to_multiple_of: see the collators.
+        mixed_precision, autocast: of training.
+        checkpointing: settings of gradient checkpointing, to restore it with.
+        refused: why the prompt can't be shared whatever the models are, or None.
+
+    Raises:
+        ValueError: sharing is required and can't be done, or a setting needs it and it is off.
+    """
+    padded = PaddedCollator(pad_token_id, pad_to_multiple_of)
+    if wanted == "off":
+        if tokens_per_batch:
+            raise ValueError(
+                f"bapo.tokens_per_batch: {tokens_per_batch} needs a shared prefix, but bapo.shared_prefix is off; remove one "
+                "of the two lines"
+            )
+        return padded
+    shared = SharedPrefixCollator(pad_token_id, pad_to_multiple_of, tokens_per_batch)
+
+    def try_out(model: nn.Module) -> str | None:
+        def run(rows: list[dict], is_shared: bool) -> tuple[Tensor, int]:
+            batch: dict[str, Any] = shared.pack(rows) if is_shared else padded(rows)
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            with (
+                torch.no_grad(),
+                autocast(),
+                evaluating(model),
+                disable_gradient_checkpointing(model, checkpointing),
+            ):
+                logps = forward(model, model, batch).logps
+            return logps, batch["layout"].calls if is_shared else 0
+
+        return _why_not(model, run, mixed_precision)
+
+    reason = refused or next(filter(None, map(try_out, models)), None)
+    if reason:
+        if wanted == "require":
+            raise ValueError(
+                f"bapo.shared_prefix: require, but {reason}; set bapo.shared_prefix: auto to compute the prompt once for "
+                "each response"
+            )
+        for model in models:
+            uninstall(model)
+        LOG.info(
+            f"shared prefix: off, each response gets a padded row of its own: {reason}"
+            + ("; bapo.tokens_per_batch has no effect" if tokens_per_batch else "")
+        )
+        return padded
+    LOG.info("shared prefix: on, each prompt is computed once for its three responses")
+    return shared
+
+
+def _why_not(
+    model: nn.Module,
+    run: Callable[[list[dict], bool], tuple[Tensor, int]],
+    mixed_precision: str,
+) -> str | None:
+    """Why this model can't share a prompt; where it can, its attention is installed."""
+    if reason := refusal(model):
+        return reason
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        return "the model isn't loaded on this process"
+    config = model.config.get_text_config()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = half.get(mixed_precision, parameter.dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        dtype = getattr(model.config, "dtype", None) or dtype
+    try:
+        install(model)
+        reason = self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
+    except Exception as error:  # a family that stumbles over the layout
+        reason = f"{type(error).__name__}: {error}"
+    return reason and f"the check on {type(unwrap_peft(model)).__name__} failed: {reason}"
 
 
 def refusal(model: nn.Module) -> str | None:

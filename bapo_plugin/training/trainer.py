@@ -21,16 +21,16 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.answers.stops import named_stops
-from bapo_plugin.compat import disable_gradient_checkpointing, keep_4bit_trainable_on_cpu
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.loss import PREFERENCE_LOSSES, ResponseLogps, bapo_loss
+from bapo_plugin.loss import ResponseLogps, bapo_loss
 from bapo_plugin.rows.strategies import TextRows
 from bapo_plugin.rows.table import Faults, finish
 from bapo_plugin.rows.template import StopTexts
 from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
 from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, num_rows
 from bapo_plugin.scoring.forward import ResponseForward
-from bapo_plugin.scoring.layouts import refusal, self_check
+from bapo_plugin.scoring.layouts import choose_collator
 from bapo_plugin.scoring.reference import (
     COLUMN,
     ReferenceCache,
@@ -38,21 +38,12 @@ from bapo_plugin.scoring.reference import (
     reference_mode,
     weights_key,
 )
-from bapo_plugin.scoring.shared_prefix import install, uninstall, unwrap_peft
 from bapo_plugin.training.callbacks import RunRecord
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
+from bapo_plugin.training.refusals import refuse_arguments, trained_adapter
 from bapo_plugin.training.retention import RetentionCallback
 
 LOG = get_logger("axolotl." + __name__)
-
-
-def _trained_adapter(output_dir: str) -> str:
-    if not (Path(output_dir) / "adapter_config.json").exists():
-        raise ValueError(
-            f"output_dir: {output_dir} has no trained adapter to evaluate; train first, or name one with "
-            "`lora_model_dir:`"
-        )
-    return output_dir
 
 
 class BAPOTrainer(AxolotlDPOTrainer):
@@ -107,7 +98,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
     ):
         training_args = kwargs.get("args") or (args[2] if len(args) > 2 else None)
         self.bapo = bapo or parse_block(getattr(training_args, "bapo", None))
-        self._refuse(training_args)
+        refuse_arguments(training_args, self.bapo)
         if training_args is not None:
             # TRL makes the adapter before Trainer sets the seed: without this, no two runs are alike
             set_seed(training_args.seed)
@@ -116,7 +107,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             training = kwargs.get("peft_config") is not None  # `axolotl evaluate` leaves it out
             path = training_args.bapo_adapter_dir
             if not training:
-                reference, path = "base", path or _trained_adapter(training_args.output_dir)
+                reference, path = "base", path or trained_adapter(training_args.output_dir)
             if path:
                 # axolotl hands a DPO trainer the settings of a new adapter, also where
                 # `lora_model_dir` names one to go on with; TRL makes a given one its own reference
@@ -133,7 +124,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
-        self.data_collator = self._make_collator()
+        self.data_collator = self._choose_layout()
         self._cache_dir = cache_dir or getattr(self.args, "bapo_cache_dir", None)
         self._reference_cache: ReferenceCache | None = None
         self._precompute = self._decide_precompute()
@@ -168,45 +159,6 @@ class BAPOTrainer(AxolotlDPOTrainer):
             for name, rows in sets.items()
             if rows is not None
         }
-
-    def _refuse(self, args: Any) -> None:
-        """Settings of TRL that would give another loss than the one documented here."""
-        if args is None:
-            return
-        unknown = [name for name in args.loss_type if name not in PREFERENCE_LOSSES]
-        if unknown:
-            raise ValueError(
-                f"loss_type {unknown} is not a function of the margin of a pair; possible are "
-                f"{', '.join(PREFERENCE_LOSSES)}"
-            )
-        refused = {
-            "use_liger_kernel": bool(args.use_liger_kernel),
-            "use_weighting": bool(args.use_weighting),
-            "ld_alpha": args.ld_alpha is not None,
-            "f_divergence_type": str(
-                getattr(args.f_divergence_type, "value", args.f_divergence_type)
-            )
-            != "reverse_kl",
-            "sync_ref_model": bool(args.sync_ref_model),
-            "torch_compile": bool(args.torch_compile),
-        }
-        if wrong := [name for name, is_set in refused.items() if is_set]:
-            raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")
-        if args.precompute_ref_log_probs:
-            raise ValueError(
-                "args.precompute_ref_log_probs is TRL's own, without base responses; set "
-                "BAPOConfig(precompute_ref_log_probs=True)"
-            )
-        if self.bapo.kernel == "triton" and args.device.type != "cuda":
-            raise ValueError(
-                f"bapo.kernel: triton needs an NVIDIA GPU, but training runs on {args.device.type}; set "
-                "bapo.kernel: auto"
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) would split a row's three responses; start "
-                "one process a GPU (axolotl train does), or set CUDA_VISIBLE_DEVICES to one"
-            )
 
     # ---------------------------------------------------------------- rows
 
@@ -253,79 +205,24 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = [*IDS, COLUMN]
 
-    # ---------------------------------------------------------------- layout
-
-    def _make_collator(self) -> PaddedCollator | SharedPrefixCollator:
-        """The layout of batches: one prompt for three responses where that is proven on the models."""
-        settings = {
-            "pad_token_id": self.processing_class.pad_token_id,
-            "pad_to_multiple_of": self.args.pad_to_multiple_of,
-        }
-        padded = PaddedCollator(**settings)
-        if self.bapo.shared_prefix == "off":
-            if self.bapo.tokens_per_batch:
-                raise ValueError(
-                    f"bapo.tokens_per_batch: {self.bapo.tokens_per_batch} needs a shared prefix, but "
-                    "bapo.shared_prefix is off; remove one of the two lines"
-                )
-            return padded
-        shared = SharedPrefixCollator(**settings, tokens_per_batch=self.bapo.tokens_per_batch)
-        if reason := self._why_not_shared(padded, shared):
-            if self.bapo.shared_prefix == "require":
-                raise ValueError(
-                    f"bapo.shared_prefix: require, but {reason}; set bapo.shared_prefix: auto to compute the "
-                    "prompt once for each response"
-                )
-            for model in filter(None, (self.model, self.ref_model)):
-                uninstall(model)
-            LOG.info(
-                f"shared prefix: off, each response gets a padded row of its own: {reason}"
-                + ("; bapo.tokens_per_batch has no effect" if self.bapo.tokens_per_batch else "")
-            )
-            return padded
-        LOG.info("shared prefix: on, each prompt is computed once for its three responses")
-        return shared
-
-    def _why_not_shared(self, padded: PaddedCollator, shared: SharedPrefixCollator) -> str | None:
+    def _choose_layout(self) -> PaddedCollator | SharedPrefixCollator:
+        reason = None
         if self.is_sharded:
-            return "with FSDP or ZeRO-3 it can't be tried out before weights are sharded"
-        if self.aux_loss_enabled:
-            return "the router's auxiliary loss would count a prompt once instead of three times"
-        for model in filter(None, (self.model, self.ref_model)):
-            if reason := refusal(model):
-                return reason
-            parameter = next(model.parameters())
-            if parameter.device.type == "meta":
-                return "the model isn't loaded on this process"
-
-            def run(rows: list[dict], is_shared: bool, model=model) -> tuple[Tensor, int]:
-                batch = shared.pack(rows) if is_shared else padded(rows)
-                batch = {key: value.to(model.device) for key, value in batch.items()}
-                with (
-                    torch.no_grad(),
-                    self.accelerator.autocast(),
-                    evaluating(model),
-                    disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs),
-                ):
-                    logps = self._forward(model, model, batch).logps
-                return logps, batch["layout"].calls if is_shared else 0
-
-            config = model.config.get_text_config()
-            dtype = parameter.dtype
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-            dtype = half.get(self.accelerator.mixed_precision, dtype)
-            if getattr(model, "is_loaded_in_4bit", False) or getattr(
-                model, "is_loaded_in_8bit", False
-            ):
-                dtype = getattr(model.config, "dtype", None) or dtype
-            try:
-                install(model)
-                reason = self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
-            except Exception as error:  # a family that stumbles over the layout
-                reason = f"{type(error).__name__}: {error}"
-            if reason:
-                return f"the check on {type(unwrap_peft(model)).__name__} failed: {reason}"
-        return None
+            reason = "with FSDP or ZeRO-3 it can't be tried out before weights are sharded"
+        elif self.aux_loss_enabled:
+            reason = "the router's auxiliary loss would count a prompt once instead of three times"
+        return choose_collator(
+            [model for model in (self.model, self.ref_model) if model is not None],
+            self._forward,
+            wanted=self.bapo.shared_prefix,
+            tokens_per_batch=self.bapo.tokens_per_batch,
+            pad_token_id=self.processing_class.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            mixed_precision=self.accelerator.mixed_precision,
+            autocast=self.accelerator.autocast,
+            checkpointing=self.args.gradient_checkpointing_kwargs,
+            refused=reason,
+        )
 
     # ---------------------------------------------------------------- reference
 

@@ -13,15 +13,14 @@ os.environ |= {
 }
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import anchor_sources
+from helpers import preparation
 
-from bapo_plugin.anchors import engines
-from bapo_plugin.anchors.generate import make_anchors, make_plan, store_path
+from bapo_plugin.answers import transformers
 from bapo_plugin.store import Store
 
 
 def main(config: str, pause: float) -> None:
-    count = engines._Counted.__call__
+    count = transformers._Counted.__call__
 
     def slow(self, *args, **kwargs):
         time.sleep(pause)
@@ -34,12 +33,13 @@ def main(config: str, pause: float) -> None:
         if kind == "anchor":
             print("STORED", flush=True)
 
-    engines._Counted.__call__, Store.put = slow, told
-    cfg, tokenizer, sources = anchor_sources(config)
-    with Store(store_path(cfg)) as store:
-        plan = make_plan(cfg, tokenizer, sources, None, store)
+    transformers._Counted.__call__, Store.put = slow, told
+    work = preparation(config)
+    made_by = work.made_by()
+    keyed = work.keyed(work.rendered(keep=True), made_by)
+    with Store(work.store_path) as store:
         print("START", flush=True)
-        _, summary = make_anchors(cfg, tokenizer, plan, None, store)
+        summary = work.make_missing(keyed, made_by, store)
     print("GENERATED", summary.generated_tokens, flush=True)
 
 

@@ -64,7 +64,39 @@ def test_block_errors_name_key_value_and_remedy(block, match):
         ({"sample_packing": True}, "sample_packing"),
         ({"streaming": True}, "streaming"),
         ({"torch_compile": True}, "torch_compile"),
-        ({"context_parallel_size": 2}, "context_parallel_size > 1"),
+        ({"context_parallel_size": 2}, "context_parallel_size: 2 would split"),
+        ({"context_parallel_size": "2"}, "context_parallel_size: '2' would split"),
+        ({"context_parallel_size": "x"}, "context_parallel_size: 'x' must be a number"),
+        ({"trl": "x"}, "trl: 'x' must be a block"),
+        ({"peft": "x"}, "peft: 'x' must be a block"),
+        ({"accelerator_config": "x"}, "accelerator_config: 'x' must be a block"),
+        ({"dpo_loss_type": 5}, "dpo_loss_type: 5 must be a name or a list"),
+        ({"dpo_loss_type": [["hinge"]]}, "dpo_loss_type: .* must be a name or a list"),
+        ({"dpo_loss_weights": 5}, "dpo_loss_weights: 5 must have one number"),
+        ({"peft_init_lora_weights": [1]}, "peft_init_lora_weights"),
+        ({"precompute_ref_log_probs": "x"}, "precompute_ref_log_probs: 'x' must be true or false"),
+        ({"push_dataset_to_hub": "me/rows"}, "push_dataset_to_hub: me/rows does not work"),
+        ({"bapo": {"anchor_weight": True}}, "anchor_weight: must be a number; YAML reads yes"),
+        ({"bapo": {"anchors": {"max_new_tokens": True}}}, "max_new_tokens: must be a number"),
+        (
+            {"bapo": {"retention": {"prompts": "5"}}},
+            "retention.prompts: must be a number .*without quotes",
+        ),
+        ({"datasets": "rows.jsonl"}, "datasets: 'rows.jsonl' must be a list"),
+        ({"datasets": [{"path": 5}]}, r"datasets\[0\]: .* must be a block with at least `path:`"),
+        (
+            {"datasets": [{"path": "a", "feild_base": "x"}]},
+            r"datasets\[0\].feild_base: unknown key; did you mean field_base",
+        ),
+        (
+            {"datasets": [{"path": "a", "field_base": True}]},
+            "field_base: True must be the name of a column, or false",
+        ),
+        ({"datasets": [{"path": "a", "roles": ["x"]}]}, "roles: .* must be a block"),
+        (
+            {"datasets": [{"path": "a", "type": {"field_chosne": "x"}}]},
+            "type.field_chosne: unknown key; did you mean field_chosen",
+        ),
         ({"trl": {"sync_ref_model": True}}, "moves the reference"),
         (
             {"trl": {"sync_ref_model": True}, "precompute_ref_log_probs": True},
@@ -108,6 +140,19 @@ def test_all_problems_in_one_message():
 
 
 def test_harmless_settings_pass():
+    entry = {
+        "path": "a",
+        "chat_template": "jinja",
+        "chat_template_jinja": "x",
+        "shards": 2,
+        "name": "n",
+    }
+    entry |= {
+        "roles": {"user": ["me"]},
+        "message_property_mappings": {"role": "from"},
+        "ds_type": "json",
+    }
+    check_config(GOOD | {"datasets": [entry | {"field_base": False}]})
     # YAML reads numbers without a dot in the mantissa as strings, and axolotl takes them
     check_config(
         GOOD | {"rl_beta": "5e-2", "dpo_label_smoothing": "1e-3", "peft_init_lora_weights": True}

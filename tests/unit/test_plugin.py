@@ -28,10 +28,10 @@ def test_register_turns_bapo_into_a_dpo_run_with_our_trainer():
     BAPOPlugin().register(cfg)
     assert (cfg.rl, cfg.trainer_cls, cfg.dpo_loss_type) == ("dpo", TRAINER_CLS, ["hinge"])
     assert is_active(cfg)
-    assert cfg.bapo["dataset_field_base"] == {
-        "datasets": ["mine", "own", None],
-        "test_datasets": ["held"],
-    }
+    kept = cfg.bapo["entries"]
+    assert [entry.get("field_base") for entry in kept["datasets"]] == ["mine", "own", None]
+    assert [entry.get("field_base") for entry in kept["test_datasets"]] == ["held"]
+    assert kept["datasets"][1]["type"] == {"field_chosen": "good"}
     assert "field_base" not in cfg.datasets[0] and "field_base" not in cfg.datasets[1]["type"]
     assert BAPOPlugin().get_training_args(cfg)["bapo"]["anchor_weight"] == 0.03
 

@@ -3,8 +3,10 @@
 import pytest
 from tiny import make_tokenizer
 
-from bapo_plugin.rows.strategies import RowError
-from bapo_plugin.rows.tokens import fit_length, tokenize_row
+from bapo_plugin.answers.stops import named_stops
+from bapo_plugin.rows.strategies import TextRows
+from bapo_plugin.rows.template import StopTexts
+from bapo_plugin.rows.tokens import Encoder, fit_length, prepare_batch
 from bapo_plugin.scoring.collator import PaddedCollator, num_rows
 
 ROW = {
@@ -13,6 +15,17 @@ ROW = {
     "rejected": "water",
     "base": "it is",
 }
+
+
+def tokenize_row(row, tokenizer):
+    """A row of rendered texts, as the trainer takes it: its ids, or the problem."""
+    read = TextRows(StopTexts(tokenizer, named_stops(tokenizer, None)))
+    batch = {key: [value] for key, value in row.items()}
+    encode = Encoder(tokenizer, from_template=False)
+    out = prepare_batch(batch, [0], read, encode, 4096, "drop")
+    return out["problem"][0] or {
+        key: out[key][0] for key in ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
+    }
 
 
 def test_tokens_are_trls(chatml):
@@ -30,6 +43,48 @@ def test_eos_is_not_doubled(chatml):
     once = tokenize_row(ROW, chatml)
     with_eos = tokenize_row(ROW | {"base": ROW["base"] + "<|im_end|>"}, chatml)
     assert once["base_ids"] == with_eos["base_ids"]
+
+
+@pytest.mark.parametrize(
+    "tail", ["<|im_end|>\n", "<|im_end|><|im_end|>", "<|im_end|>\n<|im_end|>\n"]
+)
+def test_an_end_of_turn_stands_once_however_a_row_was_rendered(chatml, tail):
+    once = tokenize_row(ROW, chatml)
+    many = tokenize_row(
+        ROW | {key: ROW[key] + tail for key in ("chosen", "rejected", "base")}, chatml
+    )
+    assert many == once
+
+
+def test_an_end_that_is_not_the_tokenizers_stays(chatml):
+    """Phi, Gemma and ChatML models end turns with a token that is not their EOS."""
+    stops = StopTexts(chatml, {0, 2})  # <|endoftext|>, <|im_end|>
+    assert stops.close("arr <|im_end|>\n<|endoftext|>") == "arr <|im_end|>"
+    assert stops.close("arr <|endoftext|>") == "arr <|endoftext|>"
+    assert stops.close("arr \n") == "arr \n<|im_end|>"
+    assert stops.close("<|im_start|>") == "<|im_start|><|im_end|>", "a special token is no end"
+    inside = "a <|im_end|> b"
+    assert stops.strip(f"{inside}<|im_end|>\n") == inside
+
+
+def test_an_eos_that_the_tokenizer_puts_after_every_text_is_left_out():
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    assert tokenizer("sea")["input_ids"][-1] == 2, "the trap"
+    assert tokenize_row(ROW, tokenizer) == tokenize_row(ROW, make_tokenizer())
+
+
+def test_a_cut_base_response_has_no_end(chatml):
+    ids = tokenize_row(ROW | {"base_cut": "true"}, chatml)
+    assert chatml.decode(ids["base_ids"]).strip() == "it is"
+    assert tokenize_row(ROW | {"base_cut": "false"}, chatml) == tokenize_row(ROW, chatml)
+    assert "base_cut is 'perhaps'; it must be true or false" in tokenize_row(
+        ROW | {"base_cut": "perhaps"}, chatml
+    )
 
 
 def test_bos_of_template_and_tokenizer_becomes_one():
@@ -60,13 +115,15 @@ def test_prompt_and_response_that_merge_keep_the_text_right(chatml):
     [
         ({"rejected": "arr blue"}, "identical"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"base": None}, "base is NoneType, not text"),
-        ({"chosen": [{"role": "assistant"}]}, "chosen is list, not text; apply the chat template"),
+        ({"base": None}, "base is missing, not text"),
+        (
+            {"chosen": [{"role": "assistant"}]},
+            "chosen is of type list, not text; apply the chat template",
+        ),
     ],
 )
 def test_bad_rows(chatml, change, match):
-    with pytest.raises(RowError, match=match):
-        tokenize_row(ROW | change, chatml)
+    assert match in tokenize_row(ROW | change, chatml)
 
 
 def ids(prompt, chosen, rejected, base):

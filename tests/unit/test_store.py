@@ -128,12 +128,11 @@ time.sleep(60)
 def test_claims_exclude_other_processes_and_end_with_them(tmp_path):
     path = tmp_path / "s.sqlite"
     with Store(path) as store:
-        store.put("a", {"done": b""})
         process = subprocess.Popen(
-            [sys.executable, "-c", CLAIMER, path, "done,x,y"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CLAIMER, path, "x,y"], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline().strip() == "x,y"
-        assert store.claim(["done", "x", "z"]) == ["z"]
+        assert store.claim(["x", "z"]) == ["z"]
         assert store.claim(["z"]) == ["z"], "a claim of one's own can be claimed again"
         process.kill()
         process.wait()
@@ -141,6 +140,12 @@ def test_claims_exclude_other_processes_and_end_with_them(tmp_path):
         store.put("a", {"x": b"1"}, done=["x"])
         store.release(["z"])
         assert store._db.execute("SELECT key FROM claims").fetchall() == [("y",)]
+
+
+def test_the_first_writer_of_an_entry_wins(tmp_path):
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store.put_first("date", "now", b"monday") == b"monday"
+        assert store.put_first("date", "now", b"tuesday") == b"monday"
 
 
 def test_claims_of_another_machine_end_without_a_sign_of_life(tmp_path):

@@ -74,7 +74,7 @@ def test_several_data_sets_of_different_formats_and_columns(config, chatml, tmp_
     ]
     cfg = config(
         datasets=entries,
-        bapo={"dataset_field_base": {"datasets": [None, "mine"]}},
+        bapo={"entries": {"datasets": [{}, {"field_base": "mine"}]}},
         chat_template="tokenizer_default",
     )
     train, _ = prepare_rows(cfg, chatml)
@@ -100,11 +100,12 @@ def test_test_datasets_are_rendered_by_their_own_entry(config, chatml, tmp_path)
     }
     cfg = config(
         test_datasets=[entry],
-        bapo={"dataset_field_base": {"datasets": [None], "test_datasets": ["own"]}},
+        bapo={"entries": {"datasets": [{}], "test_datasets": [{"field_base": "own"}]}},
     )
     train, evaluation = prepare_rows(cfg, chatml)
     assert (len(train), len(evaluation)) == (12, 3)
-    assert evaluation[0]["base"] == held_out[0]["own"] + "!"
+    assert evaluation[0]["base"] == held_out[0]["own"] + "!<|im_end|>"
+    assert evaluation[0]["chosen"] == held_out[0]["good"] + "!<|im_end|>"
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0.25, 3), (4.0, 4)])
@@ -132,17 +133,126 @@ def test_faulty_rows_of_all_data_sets_in_one_message_ten_shown(config, chatml, t
         r"datasets\[0\] \(.*rows\.jsonl\): 14 of 20 rows can't be used \(rows counted from 1\)",
         message,
     )
-    assert "  row 2: base is empty; put there what the model answers" in message
-    assert "  row 3: base is missing" in message
+    assert "  row 2: base is missing or empty (column 'base'); put there what the model" in message
+    assert "  row 16: chosen and rejected are identical" not in message  # the eleventh and later
+    assert message.endswith(
+        "bapo-faulty-rows.jsonl. Mend the rows, or leave them out with `bapo.on_faulty: drop`."
+    )
+    found = [json.loads(line) for line in (tmp_path / "prepared/bapo-faulty-rows.jsonl").open()]
+    assert len(found) == 16 and "identical" in found[13]["problem"] and found[13]["row"] == 16
     assert "and 4 more" in message and message.count("  row ") == 10 + 2
     assert re.search(r"datasets\[1\] \(.*b\.jsonl\): 2 of 2 rows", message)
-    assert not list((tmp_path / "prepared").glob("bapo-*")), "nothing may be stored"
+    assert not list((tmp_path / "prepared").glob("bapo-datasets*")), "nothing may be stored"
+
+
+def test_faulty_rows_can_be_dropped_counted(config, chatml, tmp_path, caplog):
+    rows = make_rows(6)
+    rows[1]["chosen"] = None
+    rows[4]["rejected"] = rows[4]["chosen"]
+    train, _ = prepare_rows(config(rows, bapo={"on_faulty": "drop"}), chatml)
+    assert len(train) == 4
+    assert "2 of 6 rows can't be used and are left out" in caplog.text
+    found = [json.loads(line) for line in (tmp_path / "prepared/bapo-faulty-rows.jsonl").open()]
+    assert [entry["row"] for entry in found] == [2, 5]
+    # row numbers are those of the file, also where rows before were left out
+    rows[5]["base"] = "sea " * 300
+    cfg = config(rows, bapo={"on_faulty": "drop"}, sequence_len=64, excess_length_strategy="raise")
+    with pytest.raises(ValueError, match="row 6: prompt"):
+        prepare_rows(cfg, chatml)
+    with pytest.raises(ValueError, match="no row is left without those that can't be used"):
+        prepare_rows(config([rows[1]], bapo={"on_faulty": "drop"}), chatml)
 
 
 def test_missing_base_column(config, chatml):
     rows = [{k: v for k, v in row.items() if k != "base"} for row in make_rows(2)]
-    with pytest.raises(ValueError, match=r"no column 'base'.*columns: prompt, chosen, rejected"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 2 rows.*row 1: base is missing or empty"):
         prepare_rows(config(rows, bapo=ERROR), chatml)
+    with pytest.raises(
+        ValueError, match=r"no column 'mine'.*columns: prompt, chosen, rejected.*mend `field_base:`"
+    ):
+        prepare_rows(config(rows, bapo={"field_base": "mine"}), chatml)
+
+
+def test_a_column_base_of_another_meaning_is_left_alone(config, chatml):
+    with pytest.raises(ValueError, match=r"row 1: base is missing or empty \(field_base: false\)"):
+        prepare_rows(config(bapo=ERROR | {"field_base": False}), chatml)
+
+
+def test_base_responses_that_were_cut_follow_the_policy(config, chatml, caplog):
+    rows = [
+        row | {"base_cut": text}
+        for row, text in zip(make_rows(3), ("true", "false", None), strict=True)
+    ]
+    train, _ = prepare_rows(config(rows), chatml)
+    assert [row["base"].endswith("<|im_end|>") for row in train] == [False, True, True]
+    train, _ = prepare_rows(config(rows, bapo={"anchors": {"on_cut": "drop"}}), chatml)
+    assert len(train) == 2 and "1 of 3 rows have a base response that was cut" in caplog.text
+    with pytest.raises(ValueError, match="row 1: the base response was cut at"):
+        prepare_rows(config(rows, bapo={"anchors": {"on_cut": "error"}}), chatml)
+
+
+def test_a_prompt_stays_on_one_side_of_the_split(config, chatml, tmp_path, caplog):
+    rows = [{**row, "chosen": f"{row['chosen']} {i}"} for row in make_rows(8) for i in range(3)]
+    train, held_out = prepare_rows(config(rows, val_set_size=0.2), chatml)
+    assert len(train) + len(held_out) == 24 and len(held_out) == 6  # 5 wanted: two prompts
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    with pytest.raises(ValueError, match="rows of one prompt stay together"):
+        prepare_rows(config(rows[:3], val_set_size=0.4), chatml)
+    # test data sets are the user's: it is said
+    entry = {
+        "path": str(write_jsonl(tmp_path / "t.jsonl", rows[:2])),
+        "split": "train",
+        "type": "chatml.prompt_pairs",
+    }
+    prepare_rows(config(rows, test_datasets=[entry]), chatml)
+    assert "2 of 2 held-out rows have a prompt that is in training too" in caplog.text
+
+
+def test_keys_that_axolotl_drops_are_those_of_the_yaml(config, chatml, tmp_path):
+    """Both splits are read by what is written: here ShareGPT rows, and a template of the entry."""
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": r["prompt"]}],
+            "chosen": {"from": "gpt", "value": r["chosen"]},
+            "rejected": {"from": "gpt", "value": r["rejected"]},
+            "base": r["base"],
+        }
+        for r in make_rows(4)
+    ]
+    path = str(write_jsonl(tmp_path / "talk.jsonl", rows))
+    seen = {
+        "path": path,
+        "split": "train",
+        "type": "chat_template.default",
+        "field_messages": "conversations",
+    }
+    written = seen | {
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "chat_template": "jinja",
+        "chat_template_jinja": "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+        "shards": 2,
+    }
+    cfg = config(
+        datasets=[dict(seen)],
+        test_datasets=[dict(seen)],
+        bapo={"entries": {"datasets": [written], "test_datasets": [written]}},
+    )
+    train, held_out = prepare_rows(cfg, chatml)
+    assert (
+        len(train) == 2
+        and train[0]["prompt"] == f"[user] {make_rows(1)[0]['prompt']}<|im_end|>[assistant] "
+    )
+    assert held_out.to_list() == train.to_list()
+
+
+def test_what_cannot_be_loaded_is_named(config, chatml, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\nnothing')
+    for name in ("broken.jsonl", "nowhere.jsonl"):
+        entry = {"path": str(tmp_path / name), "split": "train", "type": "chatml.prompt_pairs"}
+        with pytest.raises(
+            ValueError, match=rf"datasets\[0\] .*{name}.* can't be loaded: .*check `path:`"
+        ):
+            prepare_rows(config(datasets=[entry]), chatml)
 
 
 def long_base():
@@ -189,8 +299,8 @@ def test_unknown_strategy(config, chatml):
 
 def built(monkeypatch):
     calls = []
-    original = module._build
-    monkeypatch.setattr(module, "_build", lambda *a: calls.append(1) or original(*a))
+    original = module.Preparation._render
+    monkeypatch.setattr(module.Preparation, "_render", lambda *a: calls.append(1) or original(*a))
     return calls
 
 
@@ -223,7 +333,7 @@ def test_total_steps(config, chatml, monkeypatch):
 
 def test_many_rows_in_several_processes(config, chatml, tmp_path):
     rows = make_rows(600)
-    rows[555]["base"] = ""
+    rows[555]["chosen"] = ""
     entry = {
         "path": str(write_jsonl(tmp_path / "many.jsonl", rows)),
         "split": "train",
@@ -233,9 +343,9 @@ def test_many_rows_in_several_processes(config, chatml, tmp_path):
     cfg = config(
         datasets=[entry], chat_template="tokenizer_default", dataset_num_proc=2, bapo=ERROR
     )
-    with pytest.raises(ValueError, match="row 556: base is empty"):
+    with pytest.raises(ValueError, match="row 556: chosen is empty"):
         prepare_rows(cfg, chatml)
-    rows[555]["base"] = "water"
+    rows = make_rows(600)
     write_jsonl(tmp_path / "many.jsonl", rows)
     train, _ = prepare_rows(cfg, chatml)
     assert [row["base"] for row in train] == [row["base"] + "<|im_end|>" for row in rows]

@@ -1,7 +1,7 @@
-"""The base response is rendered as the chosen one is, in every DPO format of axolotl.
+"""Rows of the formats that aren't chat templates: the base response is rendered as the chosen one is.
 
-The oracle: the same strategy on a row whose chosen response *is* the base text. Rendered base and
-oracle must be equal to the letter.
+The oracle: the same strategy on a row whose chosen response *is* the base text. Rendered base and oracle
+must be equal to the letter. The chat formats are in test_template.py and test_conversation.py.
 """
 
 import copy
@@ -13,7 +13,10 @@ from axolotl.prompt_strategies.dpo import load as load_strategy
 from axolotl.utils.dict import DictDefault
 from tiny import make_tokenizer
 
-from bapo_plugin.rows.strategies import BaseRenderer, RowError
+from bapo_plugin.rows.conversation import fields_of
+from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.rows.template import StopTexts
 
 CHOSEN, REJECTED, BASE = "arr the sea be blue", "the sea is blue", "It is blue. "
 
@@ -46,31 +49,6 @@ def conversation(response):
     }
 
 
-def messages(response):
-    return {
-        "messages": [user("hi"), assistant("hello"), user("why blue?")],
-        "chosen": assistant(response),
-        "rejected": assistant(REJECTED),
-    }
-
-
-def sharegpt(response):
-    return {
-        "conversations": [{"from": "human", "value": "why blue?"}],
-        "better": {"from": "gpt", "value": response},
-        "worse": {"from": "gpt", "value": REJECTED},
-    }
-
-
-SHAREGPT = {
-    "field_messages": "conversations",
-    "field_chosen": "better",
-    "field_rejected": "worse",
-    "message_property_mappings": {"role": "from", "content": "value"},
-    "roles": {"user": ["human"], "assistant": ["gpt"], "system": ["system"]},
-}
-
-
 def nectar(response):
     answers = [
         {"answer": REJECTED, "rank": 2},
@@ -81,12 +59,6 @@ def nectar(response):
 
 
 FORMATS = {
-    "chat_template.default": [
-        ({"field_messages": "messages"}, messages),
-        ({"field_messages": "prompt"}, plain()),
-        (SHAREGPT, sharegpt),
-    ],
-    "chat_template.argilla_chat": [({}, conversation)],
     "chatml.default": [
         ({}, plain()),
         ({}, renamed({"chosen": "chosen_response", "prompt": "input"})),
@@ -137,6 +109,11 @@ def strategy_of(kind, ds_cfg, style="chatml"):
     return transform
 
 
+def reader(transform, base="base", entry=None):
+    stops = StopTexts(make_tokenizer(), {2})
+    return StrategyRows(transform, fields_of(entry or {}, base), stops, entry)
+
+
 @pytest.mark.parametrize("shape", ["string", "message", "messages"])
 @pytest.mark.parametrize(
     ("kind", "ds_cfg", "make"), CASES, ids=lambda v: v if isinstance(v, str) else ""
@@ -150,15 +127,24 @@ def test_base_is_rendered_like_chosen(kind, ds_cfg, make, shape):
     }
     row = make(CHOSEN) | {"mine": value[shape]}
     before = copy.deepcopy(row)
-    out = BaseRenderer(transform, field_base="mine", entry=ds_cfg)(row)
+    read = reader(transform, "mine", ds_cfg)
+    out = read(row)
     assert row == before, "the row was changed"
 
+    def closed(text):  # a response without an end of its own gets the tokenizer's
+        return text if text.endswith("<|im_end|>") else text + "<|im_end|>"
+
     plain_render = transform(copy.deepcopy(make(CHOSEN)))
-    assert {k: out[k] for k in ("prompt", "chosen", "rejected")} == {
-        k: plain_render[k] for k in ("prompt", "chosen", "rejected")
-    }
-    assert out["base"] == transform(copy.deepcopy(make(BASE)))["chosen"]
-    assert BASE.strip() in out["base"] and out["base"] != out["chosen"]
+    assert out.prompt == out.ask == plain_render["prompt"]
+    assert out.chosen == closed(plain_render["chosen"])
+    assert out.rejected == closed(plain_render["rejected"])
+    assert out.base == closed(transform(copy.deepcopy(make(BASE)))["chosen"])
+    assert BASE.strip() in out.base and out.base != out.chosen
+    assert "why blue?" in out.words
+    # a row like it, by the places that were found; and one that has no base response
+    again = read(make("aye") | {"mine": value[shape]})
+    assert again.chosen == closed(transform(copy.deepcopy(make("aye")))["chosen"])
+    assert again.base == out.base and read(make(CHOSEN)).base is None
 
 
 def test_every_dpo_strategy_of_axolotl_is_covered():
@@ -176,7 +162,7 @@ def test_every_dpo_strategy_of_axolotl_is_covered():
                 and "cfg" in inspect.signature(function).parameters
             ):
                 found.add(f"{module.name}.{name}")
-    assert found == set(FORMATS)
+    assert found == set(FORMATS) | {"chat_template.default", "chat_template.argilla_chat"}
 
 
 def test_a_strategy_of_ones_own():
@@ -189,24 +175,23 @@ def test_a_strategy_of_ones_own():
 
     row = {"q": "why", "pair": ["no", "yes"], "base": "maybe"}
     with pytest.raises(RowError, match="found no place"):  # upper() hides the marker
-        BaseRenderer(transform, field_base="base")(row)
+        reader(transform)(row)
 
     def visible(row):
         return transform(row) | {"chosen": f"<<{row['pair'][1]}>>"}
 
-    assert BaseRenderer(visible, field_base="base")(row)["base"] == "<<maybe>>"
+    assert reader(visible)(row).base == "<<maybe>><|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"base": ""}, "base is empty; put there what the model answers"),
-        ({"base": "  \n"}, "base is empty"),
-        ({"base": None}, "base is missing"),
-        ({"base": []}, "base is empty"),
         ({"base": 7}, "base is of type int; it must be a string, a message or a list"),
         ({"base": [user("why")]}, "must end with a message of the assistant, not of 'user'"),
-        ({"base": {"role": "assistant", "content": None}}, "base is missing"),
+        ({"base": {"role": "assistant", "content": None}}, "base has no content .it is null"),
+        ({"chosen": '[{"role": "user", "content": "why"}]'}, "chosen is messages written as text"),
+        ({"chosen": "why blue? arr", "rejected": "why blue? no"}, "both begin with the prompt"),
+        ({"system_prompt": "be kind"}, "column 'system_prompt' holds a system message"),
         ({"chosen": ""}, "chosen is empty"),
         ({"chosen": " "}, "chosen is empty"),
         ({"rejected": None}, "rejected is missing"),
@@ -219,77 +204,65 @@ def test_bad_rows_say_what_and_how_to_mend(change, match):
     row = plain()(CHOSEN) | {"base": BASE} | change
     for kind in ("passthrough.default", "chatml.prompt_pairs", "llama3.prompt_pairs"):
         with pytest.raises(RowError, match=match):
-            BaseRenderer(strategy_of(kind, {}), field_base="base")(row)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"chosen": ""}, "chosen is empty|chosen is so short"),
-        ({"rejected": ""}, "rejected is empty|rejected is so short"),
-        ({"rejected": None}, "failed with.*empty: rejected|rejected is missing"),
-        ({"chosen": assistant("")}, "chosen is empty|chosen is so short"),
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": [user("hi"), assistant("ho"), user("")]}, "prompt is empty"),
-    ],
-)
-def test_bad_rows_in_a_chat_template(change, match):
-    row = plain()(CHOSEN) | {"base": BASE} | change
-    transform = strategy_of("chat_template.default", {"field_messages": "prompt"})
-    with pytest.raises(RowError, match=match):
-        BaseRenderer(transform, field_base="base", entry={"field_messages": "prompt"})(row)
+            reader(strategy_of(kind, {}))(row)
 
 
 def test_empty_system_message_is_fine():
     row = plain(system="")(CHOSEN) | {"base": BASE, "score": 3, "note": None}
-    assert BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(row)["base"]
+    assert reader(strategy_of("chatml.prompt_pairs", {}))(row).base
 
 
 def test_messages_where_the_type_takes_text():
     row = plain()(CHOSEN) | {"base": BASE, "rejected": [user("why"), assistant("no")]}
     with pytest.raises(RowError, match="rejected is of type list.*takes text there"):
-        BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(row)
-
-
-def test_base_in_the_users_own_message_format():
-    entry = {
-        "field_messages": "conversations",
-        "message_property_mappings": {"role": "speaker", "content": "text"},
-        "roles": {"user": ["me"], "assistant": ["bot"], "system": ["system"]},
-    }
-    row = {
-        "conversations": [{"speaker": "me", "text": "why blue?"}],
-        "chosen": {"speaker": "bot", "text": CHOSEN},
-        "rejected": {"speaker": "bot", "text": REJECTED},
-        "base": [{"speaker": "me", "text": "why blue?"}, {"speaker": "bot", "text": BASE}],
-    }
-    transform = strategy_of("chat_template.default", entry)
-    assert BASE.strip() in BaseRenderer(transform, field_base="base", entry=entry)(row)["base"]
-    row["base"] = [{"speaker": "me", "text": "why blue?"}]
-    with pytest.raises(RowError, match="must end with a message of the assistant, not of 'me'"):
-        BaseRenderer(transform, field_base="base", entry=entry)(row)
+        reader(strategy_of("chatml.prompt_pairs", {}))(row)
 
 
 def test_strategy_that_returns_nothing():
     with pytest.raises(RowError, match="the prompt strategy returned missing, not prompt"):
-        BaseRenderer(lambda row: None, field_base="base")(plain()(CHOSEN) | {"base": BASE})
+        reader(lambda row: None)(plain()(CHOSEN) | {"base": BASE})
 
 
-def test_missing_column_names_the_columns_there_are():
+@pytest.mark.parametrize("base", ["", "  \n", None, []])
+def test_an_empty_base_is_none(base):
+    row = plain()(CHOSEN) | {"base": base}
+    assert reader(strategy_of("chatml.prompt_pairs", {}))(row).base is None
+
+
+def test_a_chosen_response_made_of_two_places_is_noticed():
+    """A base response would get the chosen one's thoughts."""
+
+    def transform(row):
+        thought = f"<think>{row['reasoning']}</think>" if row["reasoning"] else ""
+        return {"prompt": row["q"], "chosen": thought + row["chosen"], "rejected": row["rejected"]}
+
+    read = reader(transform)
+    row = {"q": "why blue?", "chosen": CHOSEN, "rejected": REJECTED, "reasoning": ""}
+    assert read(row | {"base": BASE}).base.strip() == BASE.strip() + " <|im_end|>"
+    with pytest.raises(RowError, match=r"of two places of the row, chosen and reasoning"):
+        read(row | {"reasoning": "the ship", "base": BASE})
+    assert read(row | {"reasoning": "the ship"}).base is None, "a generated one has its own"
+
+
+def test_a_response_of_the_user_is_refused():
+    row = conversation(CHOSEN)
+    row["rejected"] = [*row["rejected"], user("thanks")]
     with pytest.raises(
-        RowError, match=r"no column 'base'.*columns: prompt, chosen, rejected.*field_base"
+        RowError, match="rejected must end with a message of the assistant, not of 'user'"
     ):
-        BaseRenderer(strategy_of("chatml.prompt_pairs", {}), field_base="base")(plain()(CHOSEN))
+        reader(strategy_of("chatml.ultra", {}))(row)
 
 
-@pytest.mark.parametrize("text", ["user", "age", "message", "e"])
-@pytest.mark.parametrize("name", ["base", "chosen", "rejected"])
-def test_response_that_axolotl_cuts_at_the_wrong_place_is_reported(name, text):
-    """axolotl 0.19 looks for the response's text from the start of a template that has it too."""
-    transform = strategy_of("chat_template.default", {"field_messages": "prompt"})
-    row = plain()(CHOSEN) | {"base": BASE, name: text}
-    if len(transform(plain()("user"))["chosen"]) > len("user<|im_end|>"):
-        with pytest.raises(RowError, match=f"{name} is so short"):
-            BaseRenderer(transform, field_base="base")(row)
-    else:  # mended in axolotl 0.21
-        assert BaseRenderer(transform, field_base="base")(row)[name] == f"{text}<|im_end|>"
+def test_the_source_of_a_strategy_follows_what_it_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_words.py").write_text("GREETING = 'hello'\n")
+    (tmp_path / "my_strategy.py").write_text(
+        "import my_words\ndef transform(row):\n    return row | {'prompt': my_words.GREETING}\n"
+    )
+    import my_strategy
+
+    before = source_of(partial(my_strategy.transform))
+    assert [name for name, _ in before] == ["my_strategy", "my_words"]
+    (tmp_path / "my_words.py").write_text("GREETING = 'aye'\n")
+    assert source_of(my_strategy.transform) != before
+    assert source_of(strategy_of("chatml.intel", {})) == [], "axolotl's have a version"

@@ -1,0 +1,102 @@
+"""An error that a user can mend is the last thing on the screen: our message, without a traceback.
+
+In a process of axolotl, a ValueError that our own code raised is such an error. Launchers (accelerate, torchrun) print
+tracebacks of their own when a process fails, so that under them the message waits until they are gone.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+_HERE = str(Path(__file__).parent)
+_LAUNCHERS = ("axolotl", "accelerate", "torchrun")
+_MODULES = ("accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch")
+_PATIENCE = 30.0  # seconds that launchers may take to end
+
+
+def install() -> None:
+    """From now on in this process. With BAPO_TRACEBACK=1 in the environment tracebacks stay."""
+    if os.environ.get("BAPO_TRACEBACK") or getattr(sys.excepthook, "_bapo", False):
+        return
+    before = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> Any:
+        if not is_for_the_user(error):
+            return before(kind, error, traceback)
+        rank = int(os.environ.get("RANK", 0))
+        _say(f"\nError: {error}\n", rank)
+
+    hook._bapo = True
+    sys.excepthook = hook
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether our code raised it as a message: a ValueError whose innermost frame is ours."""
+    traceback = error.__traceback__
+    if not isinstance(error, ValueError) or traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_code.co_filename.startswith(_HERE + os.sep)
+
+
+def _say(text: str, rank: int) -> None:
+    sys.stdout.flush()
+    launcher = _launcher()
+    if launcher is None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        return
+    # one process speaks last; the others at once
+    mark = os.path.join(tempfile.gettempdir(), f".bapo-last-word-{launcher.pid}")
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    except OSError:
+        sys.stderr.write(f"\n[rank {rank}] {text.strip()}\n" if rank else text)
+        sys.stderr.flush()
+        return
+    sys.stderr.flush()
+    if os.fork():
+        return
+    os.setsid()  # the launcher ends the processes of its group
+    ends = time.monotonic() + _PATIENCE
+    while time.monotonic() < ends and _runs(launcher):
+        time.sleep(0.001)
+    os.write(2, text.encode("utf-8", "replace"))
+    os.unlink(mark)
+    os._exit(0)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _launcher() -> psutil.Process | None:
+    """The outermost of the launchers above this process."""
+    found = None
+    process = psutil.Process()
+    while (parent := process.parent()) is not None:
+        try:
+            if not _launches(parent.cmdline()):
+                break
+        except psutil.Error:
+            break
+        found = process = parent
+    return found
+
+
+def _launches(command: list[str]) -> bool:
+    if any(os.path.basename(word) in _LAUNCHERS for word in command[:2]):
+        return True
+    return "-m" in command[:3] and any(word in _MODULES for word in command[1:4])

@@ -1,0 +1,198 @@
+"""The data sets of a configuration, opened: raw rows, and how each data set is read.
+
+The chat formats (`chat_template.*`) are read into conversations and written by the chat template; all others go through
+their prompt strategy. What ends an answer is known here too, since templates say a part of it.
+"""
+
+import inspect
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.prompt_strategies.dpo import load as load_strategy
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+from bapo_plugin.answers.stops import all_stops, named_stops, own_stops
+from bapo_plugin.config import BAPOConfig, parse_block
+from bapo_plugin.rows.chat import ChatRows
+from bapo_plugin.rows.conversation import fields_of
+from bapo_plugin.rows.entries import NO_BASE
+from bapo_plugin.rows.sources import Source, raw_rows
+from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.rows.template import ChatTemplate, StopTexts, special_texts
+from bapo_plugin.rows.tokens import Encoder
+from bapo_plugin.store import Store
+
+LOG = get_logger("axolotl." + __name__)
+
+_CHAT = {"chat_template": False, "chat_template.default": False, "chat_template.argilla_chat": True}
+
+
+def store_path(cfg: Any) -> Path:
+    """Where base responses of a configuration are kept."""
+    folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+    return Path(parse_block(dict(cfg.bapo)).anchors.store or folder / "bapo-anchors.sqlite")
+
+
+def template_date(cfg: Any) -> datetime | None:
+    """What a template that writes the date got to hear in the rows of a configuration; None where none asked."""
+    path = store_path(cfg)
+    if not path.is_file():
+        return None
+    with Store(path, "base responses") as store:
+        kept = store.get("date", ["now"]).get("now")
+    return datetime.fromisoformat(kept.decode()) if kept else None
+
+
+class Opening:
+    """Opens the data sets of a configuration.
+
+    Args:
+        cfg: axolotl's validated configuration.
+        tokenizer: axolotl's for this configuration.
+    """
+
+    def __init__(self, cfg: Any, tokenizer: Any):
+        self._cfg = cfg
+        self._tokenizer = tokenizer
+        self._bapo: BAPOConfig = parse_block(dict(cfg.bapo))
+        #: ids of tokens that tokenizer and model name as ends of an answer
+        self.named = named_stops(tokenizer, cfg.base_model, cfg.revision_of_model)
+        #: text -> chat template, of the data sets that were opened
+        self.templates: dict[str, ChatTemplate] = {}
+        self._ends: set[int | None] = set()
+        self._now: datetime | None = None
+
+    def sources(self, split: str, index: int) -> list[Source]:
+        """The data sets of an entry."""
+        written = ((self._bapo.entries or {}).get(split) or [{}] * (index + 1))[index]
+        entry = DictDefault({**self._cfg[split][index], **written})
+        base = entry.get("field_base")
+        base = self._bapo.field_base if base is None else base
+        named = isinstance(base, str)
+        name = f"{split}[{index}] ({entry.path})"
+        fields = fields_of(
+            entry, None if base is NO_BASE else base or "base", self._kind(entry) or False
+        )
+        found = []
+        identity: Any
+        if self._kind(entry) is not None:
+            template = self._template(entry, name)
+            read, encode = ChatRows(template, fields), Encoder(self._tokenizer, from_template=True)
+            identity = [template.text, str(self._now)]
+        else:
+            strategy = self._strategy(split, index, entry)
+            ends = self._own_ends()
+            self._ends |= ends
+            stops = StopTexts(self._tokenizer, (self.named | ends) - {None})
+            read = StrategyRows(strategy, fields, stops, entry)
+            encode = Encoder(self._tokenizer, from_template=False)
+            identity = [source_of(strategy), self._tokenizer.chat_template]
+        for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token):
+            if named and base not in rows.column_names:
+                raise ValueError(
+                    f"{name}: there is no column {base!r} with the base response (columns: "
+                    f"{', '.join(rows.column_names)}); mend `field_base:`, or remove it to have base responses generated"
+                )
+            found.append(
+                Source(
+                    part_name,
+                    rows,
+                    read,
+                    encode,
+                    fields,
+                    [dict(entry), base, identity],
+                )
+            )
+        return found
+
+    @staticmethod
+    def _kind(entry: Any) -> bool | None:
+        """Whether the entry is a chat format with whole conversations; None where it is no chat format."""
+        kind = entry.get("type")
+        return _CHAT.get(kind) if isinstance(kind, str) else None
+
+    def _template(self, entry: Any, name: str) -> ChatTemplate:
+        try:
+            text = get_chat_template_from_config(self._cfg, entry, self._tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; set `chat_template:`") from error
+        if text not in self.templates:
+            if "strftime_now" in text and self._now is None:
+                self._now = self._date()
+            template = ChatTemplate(self._tokenizer, text, self.named, self._now)
+            if template.end_id is None:
+                LOG.warning(
+                    f"The chat template ends turns with {template.end!r}, which is no token of this tokenizer, so nothing stops "
+                    "the model there; add it to `tokens:` or use the model's own template"
+                )
+            self.templates[text] = template
+            self._ends.add(template.end_id)
+        return self.templates[text]
+
+    def _date(self) -> datetime:
+        """The time that templates get to hear: that of the first rendering, else a new day would make all
+        prompts other ones."""
+        with Store(store_path(self._cfg), "base responses") as store:
+            kept = store.put_first("date", "now", datetime.now().isoformat().encode())
+        now = datetime.fromisoformat(kept.decode())
+        LOG.info(
+            f"The chat template writes the date; it stays that of the first rendering, {now:%Y-%m-%d %H:%M} (kept in "
+            f"{store_path(self._cfg)})"
+        )
+        return now
+
+    def _strategy(self, split: str, index: int, entry: Any) -> Any:
+        """The data set's own prompt strategy, bound to the tokenizer."""
+        kind = entry.get("type")
+        if not kind:
+            return lambda row: row  # no type: the columns are rendered already
+        if isinstance(kind, dict):
+            kind = "user_defined.default"
+        # strategies read cfg.datasets[index], also for a test data set
+        entries = [entry if i == index else other for i, other in enumerate(self._cfg[split])]
+        strategy = load_strategy(
+            kind, DictDefault({**self._cfg, "datasets": entries}), dataset_idx=index
+        )
+        if isinstance(strategy, tuple):
+            strategy = strategy[0]
+        if strategy is None:
+            raise ValueError(
+                f"{split}[{index}].type: {kind!r} is not a DPO prompt strategy of axolotl or of yours "
+                "(the warning above has the reason); examples are chat_template.default, chatml.intel"
+            )
+        if "tokenizer" in inspect.signature(strategy).parameters:
+            strategy = partial(strategy, tokenizer=self._tokenizer)
+        return strategy
+
+    def _own_ends(self) -> set[int | None]:
+        """Ends of turn that rows of other formats may bring: that of the tokenizer's chat template, and those that
+        axolotl's own formats write whatever the template is."""
+        special = special_texts(self._tokenizer)
+        ends = {i for i, text in special.items() if text in ("<|im_end|>", "<|eot_id|>")}
+        if text := self._tokenizer.chat_template:
+            try:
+                ends.add(ChatTemplate(self._tokenizer, text, self.named).end_id)
+            except ValueError:
+                pass  # these rows don't need it
+        return ends
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer.
+
+        Raises:
+            ValueError: nothing does, or `bapo.anchors.stop` names something else.
+        """
+        own = own_stops(self._tokenizer, self._bapo.anchors.stop)
+        return all_stops(self.named, self._ends, own)
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a turn of the chat template, else the end of sequence."""
+        ends = [template.end_id for template in self.templates.values()]
+        return next(iter(ends), self._tokenizer.eos_token_id)

@@ -1,0 +1,54 @@
+"""Arguments that would give another training than the one documented here."""
+
+from pathlib import Path
+from typing import Any
+
+from bapo_plugin.config import BAPOConfig
+from bapo_plugin.loss import PREFERENCE_LOSSES
+
+
+def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
+    """Settings of TRL that would give another loss than the one documented here."""
+    if args is None:
+        return
+    unknown = [name for name in args.loss_type if name not in PREFERENCE_LOSSES]
+    if unknown:
+        raise ValueError(
+            f"loss_type {unknown} is not a function of the margin of a pair; possible are "
+            f"{', '.join(PREFERENCE_LOSSES)}"
+        )
+    refused = {
+        "use_liger_kernel": bool(args.use_liger_kernel),
+        "use_weighting": bool(args.use_weighting),
+        "ld_alpha": args.ld_alpha is not None,
+        "f_divergence_type": str(getattr(args.f_divergence_type, "value", args.f_divergence_type))
+        != "reverse_kl",
+        "sync_ref_model": bool(args.sync_ref_model),
+        "torch_compile": bool(args.torch_compile),
+    }
+    if wrong := [name for name, is_set in refused.items() if is_set]:
+        raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "args.precompute_ref_log_probs is TRL's own, without base responses; set "
+            "BAPOConfig(precompute_ref_log_probs=True)"
+        )
+    if bapo.kernel == "triton" and args.device.type != "cuda":
+        raise ValueError(
+            f"bapo.kernel: triton needs an NVIDIA GPU, but training runs on {args.device.type}; set "
+            "bapo.kernel: auto"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) would split a row's three responses; start "
+            "one process a GPU (axolotl train does), or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def trained_adapter(output_dir: str) -> str:
+    if not (Path(output_dir) / "adapter_config.json").exists():
+        raise ValueError(
+            f"output_dir: {output_dir} has no trained adapter to evaluate; train first, or name one with "
+            "`lora_model_dir:`"
+        )
+    return output_dir

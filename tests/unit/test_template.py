@@ -1,0 +1,318 @@
+"""A conversation is written by the model's own template, to the token; what it can't write is refused.
+
+The oracle is `apply_chat_template` on the whole conversation.
+"""
+
+from datetime import datetime
+
+import pytest
+from axolotl.utils.chat_templates import get_chat_template
+from templates import AXOLOTL, STANDS_FOR, TEMPLATES, known, tokenizer_of
+from tiny import CHATML, make_tokenizer
+
+from bapo_plugin.rows.chat import ChatRows
+from bapo_plugin.rows.conversation import Fields
+from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.template import ChatTemplate
+from bapo_plugin.rows.tokens import Encoder, prepare_batch
+
+DAY = datetime(2026, 11, 25, 12, 30)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+HISTORIES = {
+    "one turn": [user("why is the sky blue")],
+    "two turns": [user("hello friend"), assistant("hello"), user("why blue?")],
+    "a header's word": [user("assistant")],
+    "think": [user("think")],
+    "odd": [user("日本語 🙂 naïve\n\n- a\n- b")],
+}
+CHOSEN, REJECTED, BASE = "arr the sea be blue", "the sea is water", "it is the sun"
+
+
+def row_of(history, **more):
+    return {"messages": history, "chosen": CHOSEN, "rejected": REJECTED} | more
+
+
+def rows_of(tokenizer, text, stops=(), now=DAY):
+    return ChatRows(ChatTemplate(tokenizer, text, stops, now), Fields())
+
+
+def prepared(tokenizer, read, row):
+    batch = {key: [value] for key, value in row.items()}
+    out = prepare_batch(batch, [0], read, Encoder(tokenizer, from_template=True), 4096, "drop")
+    assert not out["problem"][0], out["problem"][0]
+    return {key: values[0] for key, values in out.items()}
+
+
+def whole(tokenizer, text, history, answer, end):
+    """The oracle: text and tokens of the conversation up to the end of its last turn."""
+    message = assistant(answer) if isinstance(answer, str) else answer
+    written = tokenizer.apply_chat_template(
+        [*history, message], chat_template=text, tokenize=False, strftime_now=DAY.strftime
+    )
+    words = message["content"].split("</think>")[-1].strip()
+    stop = written.rindex(words) + len(words)
+    found = written.find(end, stop)
+    assert found >= 0 or end in ("<|user|>", ""), written
+    written = written[: found + len(end)] if found >= 0 else written + end
+    return written, tokenizer(written, add_special_tokens=False)["input_ids"]
+
+
+def test_every_template_says_what_it_stands_for():
+    assert set(TEMPLATES) == set(STANDS_FOR)
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_and_response_are_the_templates_own_text(name, history):
+    tokenizer, text, stops, end = known(name)
+    history = HISTORIES[history]
+    check(tokenizer, text, stops, end, history)
+
+
+@pytest.mark.parametrize("history", ["one turn", "two turns"])
+@pytest.mark.parametrize("name", AXOLOTL)
+def test_axolotls_templates(name, history):
+    special, eos, end = AXOLOTL[name]
+    text = get_chat_template(name)
+    tokenizer = tokenizer_of(special, special[0], eos, text)
+    ids = [tokenizer.convert_tokens_to_ids(eos), tokenizer.convert_tokens_to_ids(end)]
+    check(tokenizer, text, ids, end, HISTORIES[history])
+
+
+def check(tokenizer, text, stops, end, history):
+    read = rows_of(tokenizer, text, stops)
+    out = prepared(tokenizer, read, row_of(history))
+    for response, answer in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        expected, ids = whole(tokenizer, text, history, answer, end)
+        assert out["prompt"] + out[response] == expected
+        assert out["prompt_ids"] + out[f"{response}_ids"] == ids
+        assert answer in out[response]
+    ask = tokenizer.apply_chat_template(
+        history, chat_template=text, tokenize=False, add_generation_prompt=True, strftime_now=DAY.strftime
+    )  # fmt: skip
+    # what the model is asked with, and a generated answer right behind it
+    assert out["lacks"] and out["ask"] == ask
+    ids = tokenizer(ask, add_special_tokens=False)["input_ids"]
+    assert out["prompt_ids"] + out["open_ids"] == ids
+    # a base response that was cut goes on from there to the letter
+    cut = prepared(tokenizer, read, row_of(history, base=BASE, base_cut=True))
+    assert cut["prompt"] + cut["base"] == ask + BASE
+    assert not cut["base"].endswith(end) or not end
+    # one that a row brings is written as the answer of a conversation
+    own = prepared(tokenizer, read, row_of(history, base=BASE))
+    assert own["prompt"] + own["base"] in (
+        whole(tokenizer, text, history, BASE, end)[0],
+        ask + BASE + end,
+    )
+    assert own["base"].endswith(end)
+
+
+@pytest.mark.parametrize(
+    "text", ["A", "I", "user", "assistant", "z", "think", "arr \n", "\n\narr", " arr"]
+)
+@pytest.mark.parametrize(
+    "name", ["llama3.1", "gemma", "qwen3", "mistral", "gpt-oss", "chatml", "r1"]
+)
+def test_answers_of_any_words_and_white_space(name, text):
+    tokenizer, template, stops, end = known(name)
+    read = rows_of(tokenizer, template, stops)
+    history = HISTORIES["one turn"]
+    for part in ("chosen", "base"):
+        row = row_of(history, base=BASE) | {part: text}
+        out = prepared(tokenizer, read, row)
+        expected, ids = whole(tokenizer, template, history, text, end)
+        if part == "base" and not expected.startswith(out["ask"] or "\0"):
+            continue  # to the letter, see below
+        assert (
+            out["prompt"] + out[part] == expected and out["prompt_ids"] + out[f"{part}_ids"] == ids
+        )
+
+
+def test_thoughts_of_a_row():
+    thought = "<think>\nthe ship\n</think>\n\narr blue"
+    for name in ("qwen3", "thinking"):
+        tokenizer, template, stops, end = known(name)
+        read = rows_of(tokenizer, template, stops)
+        out = prepared(tokenizer, read, row_of([user("why")], chosen=thought, base=thought))
+        assert (
+            out["prompt"] + out["chosen"]
+            == "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n" + thought + end
+        )
+        assert out["chosen"] == out["base"]
+    with_key = row_of([user("why")], chosen=assistant("arr blue", reasoning_content="the ship"))
+    tokenizer, template, stops, _ = known("qwen3")
+    assert prepared(tokenizer, rows_of(tokenizer, template, stops), with_key)["chosen"].startswith(
+        "<think>\nthe ship"
+    )
+    tokenizer, template, stops, _ = known("r1")
+    with pytest.raises(
+        RowError, match="does not write chosen as the row has it.*leaves thoughts out"
+    ):
+        rows_of(tokenizer, template, stops)(row_of([user("why")], chosen=thought))
+    # a key that the template doesn't know
+    tokenizer, template, stops, _ = known("chatml")
+    with pytest.raises(RowError, match="leaves thoughts out"):
+        rows_of(tokenizer, template, stops)(with_key)
+
+
+def test_old_thoughts_may_be_dropped():
+    history = [user("hello"), assistant("<think>\nhm\n</think>\n\nhello"), user("why")]
+    tokenizer, template, stops, _ = known("qwen3")
+    assert (
+        "hm"
+        not in prepared(tokenizer, rows_of(tokenizer, template, stops), row_of(history))["prompt"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "cut", "expected"),
+    [
+        ("</think>\n\nit is the sea", False, "</think>\n\nit is the sea<|im_end|>"),
+        ("the sky\n</think>\n\nit is", False, "the sky\n</think>\n\nit is<|im_end|>"),
+        ("what is the question", True, "what is the question"),
+        ("it is", False, "</think>\n\nit is<|im_end|>"),
+    ],
+)
+def test_a_base_response_goes_on_where_the_prompt_opens_a_thought(base, cut, expected):
+    """The README's own template: axolotl's qwen3 ends prompts with an open <think>."""
+    text = get_chat_template("qwen3")
+    tokenizer = tokenizer_of(
+        ["<|im_start|>", "<|im_end|>", "<think>", "</think>"], None, "<|im_end|>"
+    )
+    read = rows_of(tokenizer, text, [tokenizer.eos_token_id])
+    out = prepared(tokenizer, read, row_of([user("why")], base=base, base_cut=cut))
+    assert out["prompt"].endswith("<think>\n\n") and out["base"] == expected
+    assert out["chosen"] == f"</think>\n\n{CHOSEN}<|im_end|>"
+
+
+def test_a_generated_answer_follows_what_the_template_opens():
+    """R1's generation prompt opens a thought that answers are written without: it belongs to the base response."""
+    tokenizer, template, stops, _ = known("r1")
+    out = prepared(tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")]))
+    assert tokenizer.decode(out["open_ids"]) == "<think>\n" and out["prompt"].endswith(
+        "<|Assistant|>"
+    )
+    assert out["chosen"] == CHOSEN + "</s>"
+
+
+def test_an_end_of_turn_that_a_row_brings_is_not_doubled():
+    tokenizer, template, stops, _ = known("chatml")
+    read = rows_of(tokenizer, template, stops)
+    for tail in ("<|im_end|>", "<|im_end|>\n", " <|im_end|><|im_end|>"):
+        out = prepared(
+            tokenizer, read, row_of([user("why")], chosen=CHOSEN + tail, base=BASE + tail)
+        )
+        assert out["chosen"].count("<|im_end|>") == 1 and out["base"].count("<|im_end|>") == 1
+        assert "brings an end of turn of its own" in out["notice"]
+
+
+def test_special_tokens_inside_words_stay():
+    tokenizer, template, stops, end = known("chatml")
+    text = "say <|im_end|> twice"
+    out = prepared(
+        tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")], chosen=text)
+    )
+    assert out["chosen"] == text + end
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def call(name="weather", arguments='{"city": "sea"}'):
+    return [{"type": "function", "function": {"name": name, "arguments": arguments, "extra": None}}]
+
+
+def test_tools():
+    tokenizer, template, stops, _ = known("llama3.1")
+    read = rows_of(tokenizer, template, stops)
+    history = [user("rain?"), {"role": "assistant", "content": None, "tool_calls": call()}, {"role": "tool", "content": 'it "rains"\n'}]  # fmt: skip
+    out = prepared(tokenizer, read, row_of(history))
+    assert '{"city": "sea"}' in out["prompt"], "arguments are a mapping, not text in quotes"
+    out = prepared(
+        tokenizer,
+        read,
+        row_of([user("rain?")], chosen={"role": "assistant", "content": "", "tool_calls": call()}),
+    )
+    assert out["chosen"].endswith("}<|eom_id|>")
+    tokenizer, template, stops, _ = known("gemma")
+    read = rows_of(tokenizer, template, stops)
+    with pytest.raises(RowError, match="doesn't write the tool call 'weather'"):
+        read(
+            row_of(
+                [user("rain?")], chosen={"role": "assistant", "content": "x", "tool_calls": call()}
+            )
+        )
+    with pytest.raises(RowError, match="doesn't write the tool 'weather' into the prompt"):
+        read(row_of([user("rain?")], tools=[TOOL]))
+
+
+@pytest.mark.parametrize(
+    ("name", "history", "match"),
+    [
+        ("gemma", [{"role": "system", "content": "be kind"}, user("why")], "refuses the messages.*System role"),
+        ("gemma", [user("a b"), user("why")], "refuses the messages.*must alternate"),
+        ("smollm3", [{"role": "system", "content": "be kind"}, user("why")], "leaves out words of message 1.*system"),
+    ],
+)  # fmt: skip
+def test_what_a_template_cannot_write_is_refused(name, history, match):
+    tokenizer, template, stops, _ = known(name)
+    with pytest.raises(RowError, match=match):
+        rows_of(tokenizer, template, stops)(row_of(history))
+
+
+def test_a_template_that_changes_words_is_refused():
+    tokenizer = make_tokenizer()
+    loud = CHATML.replace("m['content']", "m['content'] | upper")
+    with pytest.raises(
+        ValueError, match="can't write a question and an answer: the answer 'zebra' became"
+    ):
+        rows_of(tokenizer, loud)
+    asks = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if m['role'] != 'user' else m['content'] | upper }}"
+    )
+    with pytest.raises(RowError, match="leaves out words of message 1"):
+        rows_of(tokenizer, asks)(row_of([user("why")]))
+    answers = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' else m['content'][:3] }}"
+    )
+    with pytest.raises(ValueError, match="can't write a question"):
+        rows_of(tokenizer, answers)
+    answers = answers.replace("[:3]", "[:9]")
+    with pytest.raises(
+        RowError, match="does not write chosen as the row has it: 'arr the sea be blue' became"
+    ):
+        rows_of(tokenizer, answers)(row_of([user("why")]))
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    text = "{% for m in messages %}[{{ m.role }}{{ messages | length }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant{{ messages | length }}] {% endif %}"
+    with pytest.raises(RowError, match="writes the prompt otherwise once an answer follows"):
+        rows_of(make_tokenizer(), text)(row_of([user("why")]))
+
+
+def test_the_date_of_a_template_is_the_one_given():
+    tokenizer, template, stops, _ = known("granite")
+    out = prepared(tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")]))
+    assert "Today: November 25, 2026." in out["prompt"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_end_of_a_turn(name):
+    tokenizer, text, stops, end = known(name)
+    template = ChatTemplate(tokenizer, text, stops, DAY)
+    assert template.end == end
+    if name.endswith("no tokens"):
+        assert template.end_id is None  # text that is no token
+    else:
+        assert tokenizer.decode([template.end_id]) and end.endswith(
+            tokenizer.decode([template.end_id])
+        )

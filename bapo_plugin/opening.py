@@ -20,10 +20,11 @@ from bapo_plugin.answers.stops import all_stops, named_stops, own_stops
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.rows.chat import ChatRows
 from bapo_plugin.rows.conversation import fields_of
+from bapo_plugin.rows.ends import StopTexts, special_texts
 from bapo_plugin.rows.entries import NO_BASE
 from bapo_plugin.rows.sources import Source, raw_rows
 from bapo_plugin.rows.strategies import StrategyRows, source_of
-from bapo_plugin.rows.template import ChatTemplate, StopTexts, special_texts
+from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 from bapo_plugin.store import Store
 

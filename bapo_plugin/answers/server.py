@@ -101,7 +101,7 @@ class ServerEngine:
         try:
             futures = {pool.submit(self._complete, request): request for request in requests}
             for future in as_completed(futures):
-                answer = future.result()
+                answer, _ = future.result()
                 on_tokens(len(answer.ids))
                 yield futures[future], answer
         finally:  # an error or an interruption: requests under way end, the others don't start
@@ -125,11 +125,9 @@ class ServerEngine:
         picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
         where = f"{self._server.url}, model {self._model}"
         for request in sorted(picked, key=lambda r: r.key):
-            answer = self._complete(request, greedy=True)
+            answer, said = self._complete(request, greedy=True)
             ((_, best),) = reference.generate([request], lambda n: None)
-            if answer == best or (
-                self._text(answer) == self._text(best) and answer.cut == best.cut
-            ):
+            if answer == best or (said in self._texts(best) and answer.cut == best.cut):
                 continue
             gap, place, wanted = _gap(reference.model, request, answer, self._server.tolerance)
             if gap <= self._server.tolerance:
@@ -138,22 +136,25 @@ class ServerEngine:
                 raise ServerError(
                     f"the server ({where}) goes on where the model ends its turn, with "
                     f"{self._tokenizer.decode([wanted])!r} after {place} tokens: its answers would hold what nobody said.\n"
-                    f"  prompt: {request.prompt!r}\n  server: {self._text(answer)!r}\nServe the model with a "
+                    f"  prompt: {request.prompt!r}\n  server: {said!r}\nServe the model with a "
                     "generation_config.json whose eos_token_id names that token, or with a server that takes stop_token_ids "
                     "(vLLM, SGLang), or set bapo.anchors.engine: transformers"
                 )
             raise ServerError(
                 f"the server ({where}) does not answer as the reference model does.\n  prompt:    {request.prompt!r}\n"
-                f"  server:    {self._text(answer)!r}\n  reference: {self._text(best)!r}\nToken {place + 1} of its answer is "
+                f"  server:    {said!r}\n  reference: {self._texts(best)[0]!r}\nToken {place + 1} of its answer is "
                 f"{gap:.2f} nats below the best (allowed: bapo.anchors.server.tolerance {self._server.tolerance}). Serve the "
                 "same model with the same quantisation (and adapter, if training goes on with one), or set "
                 "bapo.anchors.engine: transformers"
             )
 
-    def _text(self, answer: Answer) -> str:
-        return self._tokenizer.decode(shown(answer.ids, self._stop_ids))
+    def _texts(self, answer: Answer) -> tuple[str, str]:
+        """An answer as servers show it: with special tokens, or without."""
+        ids = shown(answer.ids, self._stop_ids)
+        return self._tokenizer.decode(ids), self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _complete(self, request: Request, greedy: bool = False) -> Answer:
+    def _complete(self, request: Request, greedy: bool = False) -> tuple[Answer, str]:
+        """The answer, and its text as the server gave it."""
         if self._form is None:
             with self._choosing:
                 if self._form is None:
@@ -231,7 +232,7 @@ class ServerEngine:
                 return request.prompt.removeprefix(bos)
         return request.prompt
 
-    def _answer(self, request: Request, reply: Any) -> Answer:
+    def _answer(self, request: Request, reply: Any) -> tuple[Answer, str]:
         try:
             choice = reply["choices"][0]
             text, reason = choice["text"], choice.get("finish_reason")
@@ -256,11 +257,11 @@ class ServerEngine:
             ids = self._ids_of(request, text)
         end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
         if end is not None:
-            return Answer(tuple(ids[: end + 1]), False)
+            return Answer(tuple(ids[: end + 1]), False), text
         if not ended or len(ids) >= request.limit:
-            return Answer(tuple(ids[: request.limit]), True)
+            return Answer(tuple(ids[: request.limit]), True), text
         last = stopped_by if stopped_by in self._stop_ids else self._end_id
-        return Answer((*ids, last), False)
+        return Answer((*ids, last), False), text
 
     def _ids_of(self, request: Request, text: str) -> list[int]:
         """The answer's tokens as they follow the prompt."""

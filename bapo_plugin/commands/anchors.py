@@ -91,7 +91,8 @@ def _open(config: Path) -> Preparation:
 
 
 def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) -> Dataset:
-    """The raw rows, with the generated responses in the base column and marks of those that were cut.
+    """The raw rows, with the generated responses in the base column, marks of those that were cut, and the token
+    ids that the model gave, which training takes where they spell the response.
 
     A row whose prompt leaves no room has no response: null.
     """
@@ -100,6 +101,8 @@ def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) 
     own: Sequence[Any] = rows[name] if name in rows.column_names else [None] * len(rows)
     cut: Sequence[Any] = rows[marks] if marks in rows.column_names else [None] * len(rows)
     base, base_cut = list(own), [read_flag(value, marks) for value in cut]
+    tokens = f"{name}_tokens"
+    given: list[Any] = list(rows[tokens]) if tokens in rows.column_names else [None] * len(rows)
     like = next((v for v in own if not is_blank(v)), "")
     stops = set(work.stop_ids)
     for part in rendered.select_columns(["row", "key", "limit"]).iter(batch_size=1000):
@@ -110,9 +113,10 @@ def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) 
                 ids = shown(answers[key].ids, stops)
                 base[row - 1] = wrap(work.tokenizer.decode(ids), like, source.fields)
                 base_cut[row - 1] = answers[key].cut
-    drop = [c for c in (name, marks) if c in rows.column_names]
-    rows = rows.remove_columns(drop)
-    return rows.add_column(name, base).add_column(marks, base_cut)
+                given[row - 1] = list(answers[key].ids)
+    drop = [c for c in (name, marks, tokens) if c in rows.column_names]
+    rows = rows.remove_columns(drop).add_column(name, base).add_column(marks, base_cut)
+    return rows.add_column(tokens, given)
 
 
 def _write(rows: Dataset, path: Path) -> None:

@@ -27,8 +27,8 @@ class ChatRows:
             RowError: the row isn't what the format says, or the template doesn't write all of it.
         """
         conversation = read_conversation(row, self._fields)
-        base, cut = read_base(row, self._fields, conversation.history)
-        rendered = self._template.render(conversation, base, cut)
+        base = read_base(row, self._fields, conversation.history)
+        rendered = self._template.render(conversation, base)
         check_system(row, rendered.ask, self._fields.system)
         order = odd_order(conversation.history)
         found = (

@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.oddities import (
+    REASONING,
     Message,
     check_head,
     check_history,
@@ -132,13 +133,24 @@ def read_conversation(row: Mapping[str, Any], fields: Fields) -> Conversation:
     return Conversation(history, chosen[-1], rejected[-1], _tools(row, fields))
 
 
+class BaseResponse(NamedTuple):
+    """A base response that a row brings.
+
+    Args:
+        said: text as the model said it; or a message of the assistant, where it has more than text.
+        cut: a limit cut it.
+        tokens: the ids that the model gave, where the row has them (`bapo anchors --output` writes them).
+    """
+
+    said: str | Message
+    cut: bool = False
+    tokens: tuple[int, ...] | None = None
+
+
 def read_base(
     row: Mapping[str, Any], fields: Fields, history: Sequence[Message] | None = None
-) -> tuple[str | Message | None, bool]:
-    """The base response that a row brings to this history, and whether a limit cut it.
-
-    Returns:
-        Text as the model said it; or a message of the assistant, where it has more than text; or None.
+) -> BaseResponse | None:
+    """The base response that a row brings to this history; None where it brings none.
 
     Raises:
         RowError: it is something else than a response to this history.
@@ -146,7 +158,7 @@ def read_base(
     name = fields.base
     value = row.get(name) if name is not None else None
     if is_blank(value):
-        return None, False
+        return None
     messages = _messages(value, "base", "assistant", fields)
     last = messages[-1]
     if last["role"] != "assistant":
@@ -154,11 +166,16 @@ def read_base(
             f"base must end with a message of the assistant, not of {_own_role(value, fields)!r}"
         )
     if not last["content"].strip() and not set(last) - {"role", "content"}:
-        return None, False
+        return None
     if history is not None:
         check_head("base", messages[:-1], history)
-    cut = read_flag(row.get(f"{name}_cut"), f"{name}_cut")
-    return (last["content"] if set(last) == {"role", "content"} else last), cut
+    said = last["content"] if set(last) == {"role", "content"} else last
+    tokens = row.get(f"{name}_tokens")
+    return BaseResponse(
+        said,
+        read_flag(row.get(f"{name}_cut"), f"{name}_cut"),
+        tuple(tokens) if isinstance(tokens, list) and tokens else None,
+    )
 
 
 def wrap(text: str, like: Any, fields: Fields) -> Any:
@@ -271,7 +288,7 @@ def _message(value: Mapping[str, Any], name: str, role: str | None, fields: Fiel
     if message.get("content") is None and isinstance(value.get("value"), str):
         message["content"] = value["value"]
     said = message.get("role") or role
-    if said not in fields.roles:
+    if not isinstance(said, str) or said not in fields.roles:
         raise RowError(
             f"{name} has the role {said!r}, which is none of {', '.join(sorted(fields.roles))}; add it to `roles:` of "
             "the data set's entry"
@@ -279,11 +296,14 @@ def _message(value: Mapping[str, Any], name: str, role: str | None, fields: Fiel
     message["role"] = fields.roles[said]
     message["content"] = _content(message, name)
     if "tool_calls" in message:
-        calls = [_tool_call(call) for call in message["tool_calls"]]
+        calls = message.pop("tool_calls")
+        if not isinstance(calls, list):
+            raise RowError(f"the tool calls of {name} are {kind_of(calls)}; they must be a list")
         if calls:
-            message["tool_calls"] = calls
-        else:
-            del message["tool_calls"]
+            message["tool_calls"] = [_tool_call(call, name) for call in calls]
+    for key in REASONING:
+        if not isinstance(message.get(key, ""), str):
+            raise RowError(f"{key} of {name} is {kind_of(message[key])}; it must be text")
     return message
 
 
@@ -310,10 +330,17 @@ def _content(message: Message, name: str) -> str:
     return content
 
 
-def _tool_call(call: Any) -> Any:
-    """As templates want it: arguments as a mapping, and nothing that only Arrow put there."""
+def _tool_call(call: Any, name: str) -> dict[str, Any]:
+    """As templates want it: {"function": {"name", "arguments"}}, arguments as a mapping, and nothing that only Arrow
+    put there."""
     call = _without_null(call)
-    function = call.get("function", call) if isinstance(call, dict) else {}
+    if isinstance(call, dict) and "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(
+            f"a tool call of {name} is {str(call)[:60]!r}; it must have a function with a name"
+        )
     if isinstance(function.get("arguments"), str):
         try:
             arguments = json.loads(function["arguments"])
@@ -337,6 +364,8 @@ def _tools(row: Mapping[str, Any], fields: Fields) -> list[dict] | None:
         raise RowError(
             f"tools is {kind_of(tools)} (column {fields.tools!r}); it must be a list of JSON schemas"
         )
+    if any(not isinstance(tool.get("function", tool), Mapping) for tool in tools):
+        raise RowError(f"tools has an entry that is no function (column {fields.tools!r})")
     return [_without_null(tool) for tool in tools]
 
 

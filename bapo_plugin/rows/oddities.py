@@ -1,5 +1,6 @@
 """What a conversation must not be, and what is odd in it though it can be used."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -100,3 +101,14 @@ def check_head(name: str, head: list[Message], history: list[Message]) -> None:
 
 def plain(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(m["role"], m["content"].strip()) for m in messages]
+
+
+def with_text_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text, which some templates want."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), dict):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": function})
+    return message | {"tool_calls": calls} if calls else message

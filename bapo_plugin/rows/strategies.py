@@ -18,10 +18,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bapo_plugin.rows.conversation import MESSAGES_AS_TEXT, Fields, read_base, read_flag
+from bapo_plugin.rows.conversation import (
+    MESSAGES_AS_TEXT,
+    BaseResponse,
+    Fields,
+    read_base,
+    read_flag,
+)
+from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.oddities import check_repeat, check_system, repeats
-from bapo_plugin.rows.template import RenderedRow, StopTexts, has_words
+from bapo_plugin.rows.template import RenderedRow, has_words, tokens_of
 
 Row = dict[str, Any]
 Transform = Callable[[Row], Row]
@@ -116,14 +123,15 @@ class StrategyRows:
         for prompt in (words, texts["prompt"]):
             check_repeat(prompt, texts["chosen"], texts["rejected"])
         notice = repeats(words, (texts["chosen"], texts["rejected"]))
-        base, cut = self._base(row, texts, places["chosen"])
+        base = read_base(row, self._fields)
         return RenderedRow(
             ask=texts["prompt"],
             prompt=texts["prompt"],
             chosen=self._stops.close(texts["chosen"]),
             rejected=self._stops.close(texts["rejected"]),
-            base=base,
-            base_cut=cut,
+            base=base and self._base(row, texts, places["chosen"], base),
+            base_cut=base is not None and base.cut,
+            base_tokens=tokens_of(base),
             words=words,
             notices=(notice,) if notice else (),
         )
@@ -146,24 +154,18 @@ class StrategyRows:
                         "the response, or the row"
                     )
 
-    def _base(self, row: Row, texts: Row, place: _Place) -> tuple[str | None, bool]:
-        base, cut = read_base(row, self._fields)
-        if base is None:
-            return None, False
-        if not isinstance(base, str):
-            base = base["content"]
+    def _base(self, row: Row, texts: Row, place: _Place, base: BaseResponse) -> str:
+        said = base.said if isinstance(base.said, str) else base.said["content"]
         if place != self._only_place:
             self._check_only_place(row, place)
             self._only_place = place
-        changed = self._render(_replace(row, {place.slot: base}))
+        changed = self._render(_replace(row, {place.slot: said}))
         if any(changed[name] != texts[name] for name in ("prompt", "rejected")):
             raise RowError(
                 "the prompt strategy renders another prompt when it renders the base response"
             )
         text = changed["chosen"]
-        if cut:
-            return text.removesuffix(place.after), True
-        return self._stops.close(text), False
+        return text.removesuffix(place.after) if base.cut else self._stops.close(text)
 
     def _render(self, row: Row) -> Row:
         # strategies change the row they are given
@@ -256,7 +258,7 @@ class StrategyRows:
 
     def _slots(self, row: Row, name: str) -> Iterator[Slot]:
         columns = [c for c in self._columns[name] if c in row]
-        own = (self._fields.base, f"{self._fields.base}_cut")
+        own = [f"{self._fields.base}{tail}" for tail in ("", "_cut", "_tokens")]
         columns += [c for c in row if c not in columns and c not in own]
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
@@ -294,7 +296,7 @@ class TextRows:
         if not cut:
             base = self._stops.close(base)
         chosen, rejected = self._stops.close(chosen), self._stops.close(rejected)
-        return RenderedRow(prompt, prompt, chosen, rejected, base, cut, prompt)
+        return RenderedRow(prompt, prompt, chosen, rejected, base, cut, None, prompt)
 
 
 def source_of(transform: Transform) -> list[tuple[str, str]]:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from datasets import Features, Value
 from datasets import Sequence as SequenceOf
 
+from bapo_plugin.rows.ends import common_prefix, special_texts
 from bapo_plugin.rows.errors import RowError
-from bapo_plugin.rows.template import RenderedRow, common_prefix
+from bapo_plugin.rows.template import RenderedRow
 
 RESPONSES = ("chosen", "rejected", "base")
 TEXTS = ("prompt", *RESPONSES)
@@ -47,6 +48,17 @@ class Encoder:
         if self._from_template:
             return found
         return [self._single(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def spells(self, ids: Sequence[int], text: str) -> bool:
+        """Whether ids are this text, perhaps with the token that ends an answer."""
+        try:
+            written = self._tokenizer.decode(ids)
+        except (OverflowError, TypeError, IndexError):  # ids of another tokenizer
+            return False
+        rest = written[len(text) :]
+        return written.startswith(text) and (
+            not rest or rest in special_texts(self._tokenizer).values()
+        )
 
     def _single(self, ids: list[int], text: str) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
@@ -141,6 +153,7 @@ def prepare_batch(
     for made, values in zip(out, zip(*columns, strict=True), strict=True):
         try:
             row = read(dict(zip(names, values, strict=True)))
+            check_text(row)
         except RowError as error:
             made["problem"] = str(error)
             rendered.append(None)
@@ -156,8 +169,15 @@ def prepare_batch(
             continue
         ask = next(ids)
         wholes = [next(ids) for _ in range(2 if row.base is None else 3)]
+        notices = list(row.notices)
+        if row.base_tokens is not None:
+            given, said = row.base_tokens
+            if encode.spells(given, said):
+                wholes[2] = [*ask, *given]
+            else:
+                notices.append("the tokens that base brings don't spell it and are left aside")
         try:
-            made |= _row_of(row, ask, wholes)
+            made |= _row_of(row, ask, wholes) | {"notice": "; ".join(notices)}
         except RowError as error:
             made["problem"] = str(error)
             continue
@@ -165,6 +185,20 @@ def prepare_batch(
             made |= {"ask": row.ask, "row_hash": _hash_of(names, [c[i] for c in columns])}
         _fit(made, sequence_len, strategy)
     return {key: [row[key] for row in out] for key in FEATURES}
+
+
+def check_text(row: RenderedRow) -> None:
+    """Refuse what no tokenizer can read.
+
+    Raises:
+        RowError: half of a surrogate pair, as broken JSON escapes leave it.
+    """
+    try:
+        "".join((row.ask, row.chosen, row.rejected, row.base or "")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"the text holds {error.object[error.start]!r}, which is no character; mend it"
+        ) from None
 
 
 def _row_of(row: RenderedRow, ask: list[int], wholes: list[list[int]]) -> dict[str, Any]:
@@ -183,7 +217,6 @@ def _row_of(row: RenderedRow, ask: list[int], wholes: list[list[int]]) -> dict[s
         "words": row.words,
         "base_cut": row.base_cut,
         "lacks": row.base is None,
-        "notice": "; ".join(row.notices),
     }
 
 

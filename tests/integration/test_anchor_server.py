@@ -12,13 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 import torch
-from helpers import BIN, anchor_sources, write_config
+from helpers import BIN, preparation, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
-from bapo_plugin.anchors.generate import add_anchors
+from bapo_plugin import prepare
+from bapo_plugin.anchors.plan import usable
+from bapo_plugin.answers.engine import Answer, Request, Sampling
 from bapo_plugin.answers.server import ServerEngine, ServerError
-from bapo_plugin.answers.transformers import Request
-from bapo_plugin.rows.strategies import GENERATED, GENERATED_CUT
+from bapo_plugin.answers.transformers import TransformersEngine
+from bapo_plugin.config import AnchorServerConfig
+from bapo_plugin.store import Store
 
 ROWS = 12
 
@@ -47,14 +50,26 @@ def anchored(folder, url=None, **server):
     path = write_config(
         folder, datasets=[entry], bapo={"anchors": anchors}, dataset_prepared_path=prepared
     )
-    cfg, tokenizer, sources = anchor_sources(path)
-    return add_anchors(cfg, tokenizer, sources, None)[0].rows
+    work = preparation(path)
+    made_by = work.made_by()
+    (rows,) = work.keyed(work.rendered(keep=True), made_by)["datasets"]
+    with Store(work.store_path) as store:
+        prepare.LOG.info(str(work.make_missing({"datasets": [rows]}, made_by, store)))
+        found = usable(store, dict(zip(rows["key"], rows["limit"], strict=True)))
+    return [found[key] for key in rows["key"]]
 
 
 class Server:
-    """Answers /completions with a tiny model; `faults` are used up one a request, `always` on each."""
+    """Answers /completions with a tiny model; `faults` are used up one a request, `always` on each.
 
-    def __init__(self, model=None, faults=(), always=None, add_bos=False, pause=0.0):
+    takes: "ids" (with vLLM's parameters, and token ids in the answer), "text" (with them), or "strict": OpenAI's
+    own parameters, where an unknown one is refused.
+    """
+
+    def __init__(
+        self, model=None, faults=(), always=None, add_bos=False, pause=0.0, takes="strict"
+    ):
+        self.takes = takes
         self.model = model or make_model(vocab_size=len(make_tokenizer()))
         self.tokenizer = make_tokenizer()
         self.faults, self.always, self.add_bos, self.pause = list(faults), always, add_bos, pause
@@ -92,7 +107,8 @@ class Server:
             elif isinstance(fault, int):
                 self.reply(request, fault, b'{"error": "busy"}', {"Retry-After": "0.05"})
             else:
-                self.reply(request, 200, json.dumps(self.complete(body)).encode())
+                status, answer = self.complete(body)
+                self.reply(request, status, json.dumps(answer).encode())
         except OSError:
             pass  # the client went away
         finally:
@@ -100,7 +116,13 @@ class Server:
                 self.now -= 1
 
     def complete(self, body):
-        ids = self.tokenizer(body["prompt"])["input_ids"]
+        if self.takes == "strict" and "stop_token_ids" in body:
+            return 400, {"error": "unknown parameter stop_token_ids"}
+        if isinstance(body["prompt"], list) and self.takes != "ids":
+            return 422, {"error": "prompt must be a string"}
+        ids = body["prompt"]
+        if isinstance(ids, str):
+            ids = self.tokenizer(ids)["input_ids"]
         with self._lock, torch.no_grad():
             out = self.model.generate(
                 torch.tensor([ids]),
@@ -108,12 +130,15 @@ class Server:
                 max_new_tokens=body["max_tokens"],
                 do_sample=False,
                 pad_token_id=0,
+                eos_token_id=body.get("stop_token_ids") or [2],
             )[0, len(ids) :].tolist()
-        ended = 2 in out
+        ended = out[-1] in (body.get("stop_token_ids") or [2])
         text = self.tokenizer.decode(out, skip_special_tokens=True)
         usage = {"prompt_tokens": len(ids) + self.add_bos, "completion_tokens": len(out)}
         choice = {"text": text, "finish_reason": "stop" if ended else "length"}
-        return {"choices": [choice], "usage": usage}
+        if body.get("return_token_ids") and self.takes == "ids":
+            choice["token_ids"] = out
+        return 200, {"choices": [choice], "usage": usage}
 
     @staticmethod
     def reply(request, status, data, headers=None):
@@ -132,16 +157,39 @@ class Server:
         self.http.server_close()
 
 
-def test_server_gives_what_the_model_gives(folder, caplog):
+def check_texts(found, expected):
+    """Answers of a server that shows no token ids: their text, which has one way to be tokenised; bytes that are no
+    text take more tokens then, so that a limit may cut them earlier."""
+    tokenizer = make_tokenizer()
+    for one, other in zip(found, expected, strict=True):
+        texts = [tokenizer.decode(a.ids, skip_special_tokens=True) for a in (one, other)]
+        assert texts[1].startswith(texts[0]) and (texts[0] or not texts[1])
+        assert texts[0] == texts[1] or one.cut
+
+
+# forms of a request that are tried before the work begins
+TRIED = {"ids": 1, "text": 2, "strict": 3}
+
+
+@pytest.mark.parametrize("takes", TRIED)
+def test_server_gives_what_the_model_gives(folder, caplog, takes):
     expected = anchored(folder)
-    with Server(pause=0.02) as server:
+    with Server(pause=0.02, takes=takes) as server:
         found = anchored(folder, server.url, concurrency=3)
-    assert found[GENERATED] == expected[GENERATED]
-    assert found[GENERATED_CUT] == expected[GENERATED_CUT]
+    if takes == "ids":
+        assert found == expected, "token for token"
+    else:
+        check_texts(found, expected)
+        assert "gives no token ids" in caplog.text
     assert f"{ROWS} generated" in caplog.text
     assert server.most == 3, "requests under way at a time"
-    assert len(server.requests) == ROWS + 3  # the probe's
-    assert server.requests[-1]["temperature"] == 0 and server.requests[-1]["max_tokens"] == 8
+    assert len(server.requests) == TRIED[takes] + ROWS + 3  # the probe's
+    last = server.requests[-1]
+    assert last["temperature"] == 0 and last["max_tokens"] == 8
+    assert last["presence_penalty"] == last["frequency_penalty"] == 0
+    if takes != "strict":
+        assert last["stop_token_ids"] == [2] and last["repetition_penalty"] == 1
+    assert isinstance(last["prompt"], list) == (takes == "ids")
     assert "Authorization" not in server.headers[0]
     with Server() as server:
         anchored(folder, server.url)  # all there: neither server nor model is asked
@@ -149,13 +197,14 @@ def test_server_gives_what_the_model_gives(folder, caplog):
 
 
 def test_a_server_that_misbehaves_is_asked_again(folder):
-    expected = anchored(folder)[GENERATED]
-    faults = [None, None, None, "drop", 429, 500, "drop", 503, 429, "slow", 500, "garbage", 502]
+    expected = anchored(folder)
+    faults = [None] * 6  # the forms that are tried, and the probe
+    faults += ["drop", 429, 500, "drop", 503, 429, "slow", 500, "garbage", 502]
     with Server(faults=faults) as server:
         found = anchored(folder, server.url, concurrency=4, timeout=1)
-    assert found[GENERATED] == expected
+    check_texts(found, expected)
     # each fault costs one more request; on a busy machine a sound one may run out of time too
-    assert not server.faults and len(server.requests) >= ROWS + 3 + 10
+    assert not server.faults and len(server.requests) >= ROWS + 6 + 10
 
 
 @pytest.mark.parametrize(
@@ -175,11 +224,11 @@ def test_a_server_that_stays_ill(folder, fault, match):
 
 
 def test_what_was_answered_is_kept(folder):
-    with Server(faults=[None] * 5 + [400] * 99) as server, pytest.raises(ServerError, match="400"):
+    with Server(faults=[None] * 8 + [400] * 99) as server, pytest.raises(ServerError, match="400"):
         anchored(folder, server.url, probe=False, concurrency=1)
     with Server() as server:
         anchored(folder, server.url, probe=False)
-        assert len(server.requests) == ROWS - 5
+        assert len(server.requests) == ROWS - 5 + 3
 
 
 def test_no_server(folder):
@@ -196,9 +245,45 @@ def test_another_model_is_noticed(folder):
     other = make_model(vocab_size=len(make_tokenizer()), seed=5)
     with Server(model=other) as server, pytest.raises(ServerError) as error:
         anchored(folder, server.url)
-    assert len(server.requests) == 1
+    assert len(server.requests) == 3 + 1
     for part in ("does not answer as the reference model does", "server:  ", "nats below the best"):
         assert part in str(error.value)
+
+
+def probed(server, stop_ids=(2,), limit=8):
+    """Probe a server that says what it likes."""
+    tokenizer, model = make_tokenizer(), make_model(vocab_size=len(make_tokenizer()))
+    engine = ServerEngine(
+        tokenizer,
+        AnchorServerConfig(url=server.url, retries=0),
+        Sampling(),
+        "model",
+        list(stop_ids),
+    )
+    ids = tuple(tokenizer("tell me about the sea")["input_ids"])
+    request = Request("0", "tell me about the sea", ids, limit)
+    reference = TransformersEngine(lambda: model, list(stop_ids))
+    ((_, best),) = reference.generate([request], lambda n: None)
+    engine.probe([request], reference)
+    return best
+
+
+def test_a_server_that_goes_on_behind_the_end_of_a_turn_is_noticed(folder):
+    """Text without special tokens never holds a stop string; the probe goes to the end of the answer."""
+    model, tokenizer = make_model(vocab_size=len(make_tokenizer())), make_tokenizer()
+    ids = tokenizer("tell me about the sea", return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    stop = int(out[4])  # the model ends its turn there, and this server doesn't know of it
+    assert stop not in out[:4]
+    with (
+        Server(model=model) as server,
+        pytest.raises(
+            ServerError, match=r"(?s)does not answer|goes on where the model ends its turn"
+        ),
+    ):
+        probed(server, [stop, 2])
+    with Server(model=model, takes="ids") as server:
+        assert probed(server, [stop, 2]) == Answer(tuple(out[:5].tolist()), False)
 
 
 def test_another_tokenizer_is_noticed(folder):
@@ -222,13 +307,14 @@ def test_the_key_comes_from_the_environment(folder, monkeypatch):
 
 def test_a_template_that_writes_bos_is_not_doubled(chatml):
     tokenizer = make_tokenizer("llama3")
-    engine = object.__new__(ServerEngine)
-    engine._tokenizer = tokenizer
+    engine = ServerEngine(
+        tokenizer, AnchorServerConfig(url="http://nowhere"), Sampling(), "model", [3]
+    )
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "sea"}], tokenize=False, add_generation_prompt=True
     )
     request = Request("0", chat, tuple(tokenizer(chat)["input_ids"][1:]), 5)
-    sent = engine._prompt_text(request)
+    sent = engine._bare(request)
     assert tuple(tokenizer(sent)["input_ids"]) == request.prompt_ids
 
 
@@ -258,7 +344,7 @@ def test_transformers_serve(folder):
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}/v1"
         found = anchored(folder, url, model=str(folder / "model"), concurrency=2)
-        assert found[GENERATED] == expected[GENERATED], log.read_text()[-3000:]
+        check_texts(found, expected)
         save_model(folder / "model", "llama", seed=9)
         with pytest.raises(ServerError, match="does not answer as the reference model does"):
             anchored(folder, url, model=str(folder / "model"))

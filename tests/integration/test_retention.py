@@ -8,16 +8,11 @@ from helpers import bapo_trainer, lora_model, randomize_lora
 from tiny import make_model, make_rows, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
+from bapo_plugin.answers.prompts import Asker, held_out_answers, read_prompts
 from bapo_plugin.scoring import retention
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.reference import reference_mode
-from bapo_plugin.scoring.retention import (
-    former_answers,
-    greedy_answers,
-    held_out_answers,
-    measure,
-    read_prompts,
-)
+from bapo_plugin.scoring.retention import measure
 
 CHATS = [[{"role": "user", "content": row["prompt"]}] for row in make_rows(6)]
 
@@ -66,7 +61,7 @@ def test_measures_what_it_defines(family, monkeypatch):
     randomize_lora(model, std=0.3)
     tokenizer = make_tokenizer()
     with reference_mode(model):
-        answers = former_answers(model, tokenizer, CHATS, 9)
+        answers = Asker(model, tokenizer).ask(CHATS, 9)
     answers = [a._replace(answer_ids=a.answer_ids[: 3 + i]) for i, a in enumerate(answers)]
     whole = measured(model, answers)
     monkeypatch.setattr(retention, "_LOGITS_BYTES", 4 * len(tokenizer) * 8)  # 8 tokens a batch
@@ -86,7 +81,7 @@ def test_measures_what_it_defines(family, monkeypatch):
 
 def test_nothing_is_forgotten_before_training():
     model = lora_model().eval()
-    answers = former_answers(model, make_tokenizer(), CHATS, 8)
+    answers = Asker(model, make_tokenizer()).ask(CHATS, 8)
     found = measured(model, answers)
     assert found.drift.abs().max() == 0 and found.kl.abs().max() < 1e-6
     assert found.agreement.min() == 1
@@ -94,11 +89,15 @@ def test_nothing_is_forgotten_before_training():
 
 def test_greedy_answers_are_those_of_one_prompt_at_a_time():
     model, tokenizer = make_model(vocab_size=len(make_tokenizer())), make_tokenizer()
-    prompts = [list(answer.prompt_ids) for answer in former_answers(model, tokenizer, CHATS, 1)]
-    # a token that comes up early now ends an answer
-    (first,) = greedy_answers(model, tokenizer, prompts[:1], 6)
+    prompts = [list(answer.prompt_ids) for answer in Asker(model, tokenizer).ask(CHATS, 1)]
+    # a token that comes up early now ends an answer: generation_config.json may name it alone
+    (first,) = Asker(model, tokenizer).answer(prompts[:1], 6)
     model.generation_config.eos_token_id = first[2]
-    found = greedy_answers(model, tokenizer, prompts, 10)
+    model.generation_config.repetition_penalty = 5.0
+    asker = Asker(model, tokenizer)
+    found = asker.answer(prompts, 10)
+    assert asker.stop_ids == sorted({2, first[2]})
+    model.generation_config.repetition_penalty = 1.0
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
         alone = model.generate(
@@ -106,11 +105,23 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time():
             attention_mask=torch.ones_like(ids),
             max_new_tokens=10,
             do_sample=False,
-            eos_token_id=[first[2], tokenizer.eos_token_id, 2],
+            eos_token_id=asker.stop_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
         assert answer == alone[0, len(prompt) :].tolist()
     assert found[0] == first[: first.index(first[2]) + 1]
+
+
+def test_a_chat_that_the_template_refuses_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    model = make_model(vocab_size=len(tokenizer))
+    chat = [{"role": "system", "content": "x"}, {"role": "user", "content": "why"}]
+    with pytest.raises(ValueError, match="prompt 2 can't be asked: .*no system"):
+        Asker(model, tokenizer).ask([CHATS[0], chat], 4)
 
 
 def test_held_out_answers_take_each_prompt_once():
@@ -121,6 +132,10 @@ def test_held_out_answers_take_each_prompt_once():
     assert [a.prompt_ids[1] for a in answers] == [0, 2, 4, 6, 8]
     assert [a.answer_ids for a in answers] == [[0], [4], [8], [12], [16]]
     assert len(held_out_answers(Dataset.from_list(rows), make_tokenizer(), None)) == 10
+    # what a template opens is a part of what was asked
+    row = {"prompt_ids": [5], "base_ids": [7, 8, 9], "open_tokens": 1}
+    (answer,) = held_out_answers(Dataset.from_list([row]), make_tokenizer(), None)
+    assert list(answer.prompt_ids) == [5, 7] and answer.answer_ids == [8, 9]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +148,11 @@ def test_held_out_answers_take_each_prompt_once():
         ("p.jsonl", '{"prompt": [{"role": "user"}]}', "line 1"),
         ("p.jsonl", '{"prompt": 3}', "line 1"),
         ("p.jsonl", '{"prompt": ""}', "line 1"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "assistant", "content": "x"}]}',
+            "line 1.*last one of the user",
+        ),
     ],
 )
 def test_bad_prompt_files_are_refused(tmp_path, name, text, message):
@@ -151,6 +171,19 @@ def test_prompt_files(tmp_path):
         read_prompts(tmp_path / "none.txt")
 
 
+def test_prompt_files_end_lines_at_line_feeds_only(tmp_path):
+    text = "a\u2028b\u0085c"
+    (tmp_path / "p.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\r\n"
+    )
+    assert read_prompts(tmp_path / "p.jsonl") == [[{"role": "user", "content": text}]]
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\ntwo".encode())
+    assert [chat[0]["content"] for chat in read_prompts(tmp_path / "p.txt")] == [text, "two"]
+    (tmp_path / "q.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_prompts(tmp_path / "q.txt")
+
+
 # ---------------------------------------------------------------- in training
 
 
@@ -162,7 +195,8 @@ def test_held_out_rows_in_training(tmp_path):
     """With all held-out rows, the drift is the evaluation's drift of base responses."""
     trainer = bapo_trainer(
         tmp_path,
-        eval_rows=make_rows(5, seed=9),
+        # a line feed, so that no token of a prompt merges with one of its responses
+        eval_rows=[row | {"prompt": row["prompt"] + "\n"} for row in make_rows(5, seed=9)],
         bapo={"retention": {"prompts": 5}, "anchor_weight": 0},
         eval_strategy="steps",
         eval_steps=1,

@@ -112,6 +112,11 @@ def test_a_system_column_is_used_or_refused():
         ({"chosen": "why blue? arr", "rejected": "why blue? no"}, "both begin with the prompt"),
         ({"tools": "no json"}, "tools is text that is no JSON"),
         ({"tools": [5]}, "tools is of type list"),
+        ({"tools": [{"function": "x"}]}, "tools has an entry that is no function"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
+        ({"chosen": assistant("x") | {"tool_calls": 5}}, "tool calls of chosen are of type int"),
+        ({"chosen": assistant("x") | {"tool_calls": [{"function": "f"}]}}, "a tool call of chosen is .* must have a function"),
+        ({"chosen": assistant("x") | {"reasoning_content": [1]}}, "reasoning_content of chosen is of type list"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_what_they_seem(change, match):
@@ -145,12 +150,12 @@ def base_of(value, **more):
 
 def test_base_in_its_forms():
     for value in ("arr", assistant("arr"), [user("why"), assistant("arr")]):
-        assert base_of(value) == ("arr", False)
+        assert base_of(value) == ("arr", False, None)
     for value in (None, "", " \n", [], assistant(""), [assistant(" ")]):
-        assert base_of(value) == (None, False)
+        assert base_of(value) is None
     thoughtful = assistant("arr") | {"reasoning_content": "hm"}
-    assert base_of(thoughtful) == (thoughtful, False)
-    assert base_of("arr", base_cut=True) == ("arr", True)
+    assert base_of(thoughtful) == (thoughtful, False, None)
+    assert base_of("arr", base_cut=True, base_tokens=[5]) == ("arr", True, (5,))
     for value, match in (
         (user("why"), "base must end with a message of the assistant, not of 'user'"),
         ([user("who"), assistant("arr")], "base brings another history"),
@@ -158,7 +163,7 @@ def test_base_in_its_forms():
     ):
         with pytest.raises(RowError, match=match):
             base_of(value)
-    assert read_base({"base": "x"}, fields_of({}, None), []) == (None, False)
+    assert read_base({"base": "x"}, fields_of({}, None), []) is None
 
 
 def test_flags():

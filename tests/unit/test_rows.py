@@ -4,8 +4,8 @@ import pytest
 from tiny import make_tokenizer
 
 from bapo_plugin.answers.stops import named_stops
+from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.strategies import TextRows
-from bapo_plugin.rows.template import StopTexts
 from bapo_plugin.rows.tokens import Encoder, fit_length, prepare_batch
 from bapo_plugin.scoring.collator import PaddedCollator, num_rows
 

@@ -14,9 +14,9 @@ from axolotl.utils.dict import DictDefault
 from tiny import make_tokenizer
 
 from bapo_plugin.rows.conversation import fields_of
+from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.strategies import StrategyRows, source_of
-from bapo_plugin.rows.template import StopTexts
 
 CHOSEN, REJECTED, BASE = "arr the sea be blue", "the sea is blue", "It is blue. "
 

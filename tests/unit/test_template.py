@@ -3,6 +3,7 @@
 The oracle is `apply_chat_template` on the whole conversation.
 """
 
+import time
 from datetime import datetime
 
 import pytest
@@ -215,16 +216,105 @@ def test_an_end_of_turn_that_a_row_brings_is_not_doubled():
         assert "brings an end of turn of its own" in out["notice"]
 
 
-def test_special_tokens_inside_words_stay():
-    tokenizer, template, stops, end = known("chatml")
-    text = "say <|im_end|> twice"
+def test_an_end_of_turn_inside_a_response_is_refused():
+    """A model never says it and goes on."""
+    tokenizer, template, stops, _ = known("chatml")
+    read = rows_of(tokenizer, template, stops)
+    turns = "arr<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\nok"
+    for part in ("chosen", "rejected", "base"):
+        with pytest.raises(RowError, match=f"{part} goes on behind an end of turn"):
+            read(row_of([user("why")], base=BASE) | {part: turns})
+    with pytest.raises(RowError, match="chosen is empty but for an end of turn"):
+        read(row_of([user("why")], chosen="<|im_end|>"))
+
+
+def test_white_space_that_is_a_token_is_text():
+    """Gemma and GPT-NeoX have tokens of line feeds and of blanks."""
+    tokenizer, template, stops, end = known("gemma")
+    tokenizer.add_tokens(["\n" * n for n in range(1, 20)] + [" " * n for n in range(2, 20)])
+    made = ChatTemplate(tokenizer, template, [tokenizer.eos_token_id], DAY)
+    assert made.end == end and tokenizer.decode([made.end_id]) == end
+    text = "one" + "\n" * 40 + " " * 4000 + "two"
+    started = time.monotonic()
     out = prepared(
         tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")], chosen=text)
     )
-    assert out["chosen"] == text + end
+    assert out["chosen"] == text + end and time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("words", ["yes", "I", "continue"])
+def test_a_system_message_that_only_the_prompt_has_is_refused(words):
+    """Mistral's templates write it into the last turn, and only if that is the user's."""
+    template = TEMPLATES["mistral"][0]
+    tokenizer, _, stops, _ = known("mistral")
+    history = [user("say continue, I or yes"), assistant("yes I continue"), user(words)]
+    out = prepared(tokenizer, rows_of(tokenizer, template, stops), row_of(history))
+    assert out["prompt"].endswith(f"[INST] {words}[/INST]")
+    only_last = template.replace(
+        "loop.last and system", "loop.last and m is sameas messages[-1] and system"
+    )
+    with pytest.raises(RowError, match="leaves out words of message 1|writes the prompt otherwise"):
+        rows_of(tokenizer, only_last.replace("{%- else %}{{- ' '", "{%- elif m.role == 'assistant' %}{{- ' '").replace("loop.last and m is sameas messages[-1]", "messages[-1].role == 'user' and loop.last"), stops)(row_of([{"role": "system", "content": "be kind"}, *history]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("command-r7b", "<|START_RESPONSE|>it is<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+        ("gpt-oss", "<|channel|>final<|message|>it is<|return|>"),
+        ("qwen3", "<think>\nI know"),
+    ],
+)
+def test_a_base_response_in_the_models_own_words_is_taken_to_the_letter(name, base):
+    tokenizer, template, stops, end = known(name)
+    out = prepared(tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")], base=base))
+    ask = tokenizer.apply_chat_template([user("why")], tokenize=False, add_generation_prompt=True)
+    assert out["prompt"] + out["base"] == ask + base.removesuffix(end) + end
+
+
+def test_thoughts_that_the_answer_repeats_are_missed_too():
+    tokenizer, template, stops, _ = known("chatml")
+    chosen = assistant("the answer is 4", reasoning_content="4")
+    with pytest.raises(RowError, match="leaves thoughts out"):
+        rows_of(tokenizer, template, stops)(row_of([user("why")], chosen=chosen))
+
+
+def test_words_that_switch_a_template_are_not_missed():
+    tokenizer, template, stops, _ = known("smollm2")
+    switch = template.replace("m['content']", "(m['content'] | replace('/no_think', ''))")
+    history = [{"role": "system", "content": "be plain /no_think"}, user("why")]
+    assert (
+        "be plain"
+        in prepared(tokenizer, rows_of(tokenizer, switch, stops), row_of(history))["prompt"]
+    )
+
+
+def test_text_that_is_no_text():
+    tokenizer, template, stops, _ = known("chatml")
+    read = rows_of(tokenizer, template, stops)
+    batch = {"messages": ["why"], "chosen": ["x\ud800"], "rejected": ["no"]}
+    out = prepare_batch(batch, [0], read, Encoder(tokenizer, True), 64, "drop")
+    assert "which is no character" in out["problem"][0]
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def test_all_calls_and_their_arguments():
+    tokenizer, template, stops, _ = known("llama3.1")  # writes the first call only
+    read = rows_of(tokenizer, template, stops)
+    two = call() + call(arguments='{"city": "oslo"}')
+    with pytest.raises(RowError, match="doesn't write the tool call 'weather' of chosen with all"):
+        read(
+            row_of([user("rain?")], chosen={"role": "assistant", "content": "", "tool_calls": two})
+        )
+    tokenizer, _, stops, _ = known("chatml")
+    joined = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}")  # fmt: skip
+    chosen = {"role": "assistant", "content": "", "tool_calls": two}
+    out = prepared(
+        tokenizer, rows_of(tokenizer, joined, stops), row_of([user("rain?")], chosen=chosen)
+    )
+    assert out["chosen"].startswith('weather{"city": "sea"}weather{"city": "oslo"}')
 
 
 def call(name="weather", arguments='{"city": "sea"}'):
@@ -295,7 +385,7 @@ def test_a_template_that_changes_words_is_refused():
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     text = "{% for m in messages %}[{{ m.role }}{{ messages | length }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant{{ messages | length }}] {% endif %}"
-    with pytest.raises(RowError, match="writes the prompt otherwise once an answer follows"):
+    with pytest.raises(RowError, match="writes the prompt otherwise once chosen follows"):
         rows_of(make_tokenizer(), text)(row_of([user("why")]))
 
 

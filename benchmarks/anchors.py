@@ -26,8 +26,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.answers.transformers import Request, TransformersEngine
-from bapo_plugin.config import AnchorsConfig
+from bapo_plugin.answers.engine import Request
+from bapo_plugin.answers.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "yaml_examples/demo/personal_styles.jsonl"
@@ -57,20 +57,18 @@ def generation(model, tokenizer, rows, args):
         ids = tuple(tokenizer(row["prompt"])["input_ids"])
         requests.append(Request(str(i), row["prompt"], ids, args.new_tokens))
     seconds: dict[int, list[float]] = {size: [] for size in args.batch_sizes}
-    texts: dict[int, dict[str, str]] = {}
+    texts: dict[int, dict[str, tuple[int, ...]]] = {}
     tokens = 0
     for turn in range(args.turns):
         for size in args.batch_sizes:
-            engine = TransformersEngine(
-                lambda: model, tokenizer, AnchorsConfig(batch_size=size), [tokenizer.eos_token_id]
-            )
+            engine = TransformersEngine(lambda: model, [tokenizer.eos_token_id], batch_size=size)
             start = time.perf_counter()
             found = {}
             for batch in engine.batches(requests):
                 found |= {r.key: a for r, a in engine.generate(batch, lambda n: None)}
             seconds[size].append(time.perf_counter() - start)
-            tokens = sum(answer.num_tokens for answer in found.values())
-            texts[size] = {key: answer.text for key, answer in found.items()}
+            tokens = sum(len(answer.ids) for answer in found.values())
+            texts[size] = {key: answer.ids for key, answer in found.items()}
             print(
                 f"turn {turn}: batch {size}: {tokens / seconds[size][-1]:.1f} tokens/s", flush=True
             )

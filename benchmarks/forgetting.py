@@ -52,10 +52,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.answers.prompts import Asker, FormerAnswer
 from bapo_plugin.scoring.collator import SharedPrefixCollator, split_by_tokens
 from bapo_plugin.scoring.forward import ResponseForward, response_logits
 from bapo_plugin.scoring.reference import COLUMN, reference_mode
-from bapo_plugin.scoring.retention import FormerAnswer, former_answers, mean_and_error, measure
+from bapo_plugin.scoring.retention import mean_and_error, measure
 from bapo_plugin.scoring.shared_prefix import install, uninstall
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +100,8 @@ class Bench:
     def answers(self, prompts: Sequence[str], name: str) -> list[FormerAnswer]:
         with tqdm(total=len(prompts), desc=f"Former answers: {name}", unit="prompt") as bar:
             chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            return former_answers(
-                self.model, self.tokenizer, chats, self.args.base_tokens, on_answers=bar.update
-            )
+            asker = Asker(self.model, self.tokenizer)
+            return asker.ask(chats, self.args.base_tokens, bar.update)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         chat = [{"role": "user", "content": prompt}]

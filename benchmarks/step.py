@@ -40,7 +40,7 @@ from trl import DPOTrainer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.loss import ResponseLogps, bapo_loss
-from bapo_plugin.rows.tokens import tokenize_row
+from bapo_plugin.rows.texts import tokenize_row
 from bapo_plugin.scoring.collator import PaddedCollator
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,6 @@ from bapo_plugin.rows.conversation import (
     BaseResponse,
     Fields,
     read_base,
-    read_flag,
 )
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
@@ -263,40 +262,6 @@ class StrategyRows:
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))
-
-
-class TextRows:
-    """Callable row -> `RenderedRow`, for rows whose columns prompt, chosen, rejected and base are rendered already.
-
-    Args:
-        stops: ends of turn, for responses that bring one, or lack it.
-    """
-
-    def __init__(self, stops: StopTexts):
-        self._stops = stops
-
-    def __call__(self, row: Mapping[str, Any]) -> RenderedRow:
-        """Take one row.
-
-        Raises:
-            RowError: a column is not text, or chosen and rejected are the same.
-        """
-        names = ("prompt", "chosen", "rejected", "base")
-        for name in names:
-            if not isinstance(row.get(name), str):
-                raise RowError(
-                    f"{name} is {kind_of(row.get(name))}, not text; apply the chat template first"
-                )
-        prompt, chosen, rejected, base = (row[name] for name in names)
-        if chosen == rejected:
-            raise RowError(
-                "chosen and rejected are identical: there is no preference in it; remove the row"
-            )
-        cut = read_flag(row.get("base_cut"), "base_cut")
-        if not cut:
-            base = self._stops.close(base)
-        chosen, rejected = self._stops.close(chosen), self._stops.close(rejected)
-        return RenderedRow(prompt, prompt, chosen, rejected, base, cut, None, prompt)
 
 
 def source_of(transform: Transform) -> list[tuple[str, str]]:

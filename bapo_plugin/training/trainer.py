@@ -25,8 +25,8 @@ from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.loss import ResponseLogps, bapo_loss
 from bapo_plugin.rows.ends import StopTexts
-from bapo_plugin.rows.strategies import TextRows
 from bapo_plugin.rows.table import Faults, finish
+from bapo_plugin.rows.texts import TextRows
 from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
 from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, num_rows
 from bapo_plugin.scoring.forward import ResponseForward

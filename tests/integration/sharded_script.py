@@ -15,7 +15,7 @@ from ddp_script import ZERO3
 from tiny import make_model, make_rows, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
-from bapo_plugin.rows.tokens import tokenize_row
+from bapo_plugin.rows.texts import tokenize_row
 from bapo_plugin.scoring.collator import PaddedCollator
 from bapo_plugin.scoring.forward import ResponseForward
 

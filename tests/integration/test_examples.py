@@ -41,7 +41,9 @@ def test_axolotl_accepts_it(path, monkeypatch):
     checked = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
     assert checked.rl == "dpo" and checked.trainer_cls == TRAINER_CLS
     assert checked.bapo["anchor_weight"] == 0.03
-    assert checked.bapo["dataset_field_base"] == {"datasets": [None]}
+    assert [entry["path"] for entry in checked.bapo["entries"]["datasets"]] == [
+        entry["path"] for entry in load(path)["datasets"]
+    ]
     # nothing that the example sets is unknown to axolotl and silently dropped
     dropped = {key for key in keys - {"rl"} if checked.get(key) is None}
     assert dropped == set(), dropped

@@ -3,10 +3,10 @@
 import pytest
 from tiny import make_tokenizer
 
-from bapo_plugin.answers.stops import named_stops
 from bapo_plugin.rows.ends import StopTexts
-from bapo_plugin.rows.strategies import TextRows
-from bapo_plugin.rows.tokens import Encoder, fit_length, prepare_batch
+from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.texts import tokenize_row
+from bapo_plugin.rows.tokens import fit_length
 from bapo_plugin.scoring.collator import PaddedCollator, num_rows
 
 ROW = {
@@ -15,17 +15,6 @@ ROW = {
     "rejected": "water",
     "base": "it is",
 }
-
-
-def tokenize_row(row, tokenizer):
-    """A row of rendered texts, as the trainer takes it: its ids, or the problem."""
-    read = TextRows(StopTexts(tokenizer, named_stops(tokenizer, None)))
-    batch = {key: [value] for key, value in row.items()}
-    encode = Encoder(tokenizer, from_template=False)
-    out = prepare_batch(batch, [0], read, encode, 4096, "drop")
-    return out["problem"][0] or {
-        key: out[key][0] for key in ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
-    }
 
 
 def test_tokens_are_trls(chatml):
@@ -82,9 +71,8 @@ def test_a_cut_base_response_has_no_end(chatml):
     ids = tokenize_row(ROW | {"base_cut": "true"}, chatml)
     assert chatml.decode(ids["base_ids"]).strip() == "it is"
     assert tokenize_row(ROW | {"base_cut": "false"}, chatml) == tokenize_row(ROW, chatml)
-    assert "base_cut is 'perhaps'; it must be true or false" in tokenize_row(
-        ROW | {"base_cut": "perhaps"}, chatml
-    )
+    with pytest.raises(RowError, match="base_cut is 'perhaps'; it must be true or false"):
+        tokenize_row(ROW | {"base_cut": "perhaps"}, chatml)
 
 
 def test_bos_of_template_and_tokenizer_becomes_one():
@@ -123,7 +111,8 @@ def test_prompt_and_response_that_merge_keep_the_text_right(chatml):
     ],
 )
 def test_bad_rows(chatml, change, match):
-    assert match in tokenize_row(ROW | change, chatml)
+    with pytest.raises(RowError, match=match):
+        tokenize_row(ROW | change, chatml)
 
 
 def ids(prompt, chosen, rejected, base):

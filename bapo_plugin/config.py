@@ -312,8 +312,7 @@ class BAPOConfig(_Block):
     on_faulty: Literal["error", "drop"] = Field(
         default="error",
         json_schema_extra={
-            "description": "Rows that can't be used. error: list them and stop. drop: leave them out, counted. Either way all "
-            "of them are written to bapo-faulty-rows.jsonl in dataset_prepared_path, with reasons."
+            "description": "Rows that can't be used. error: stop. drop: leave them out. Both write them to bapo-faulty-rows.jsonl."
         },
     )
     entries: dict[str, list[dict[str, Any]]] | None = Field(
@@ -394,10 +393,8 @@ class BAPOTrainingArgs:
     """Carries our settings to the trainer (`args.bapo`, ...), as plain values that serialise."""
 
     bapo: dict[str, Any] | None = None
-    # `adapter` and `lora_model_dir`, which axolotl leaves aside in a DPO run
-    bapo_has_adapter: bool = False
+    bapo_has_adapter: bool = False  # `adapter` and `lora_model_dir`, which axolotl leaves aside
     bapo_adapter_dir: str | None = None
-    # where reference log-probs are kept
-    bapo_cache_dir: str | None = None
+    bapo_cache_dir: str | None = None  # where reference log-probs are kept
     # what a chat template that writes the date gets to hear (ISO)
     bapo_now: str | None = None

@@ -3,6 +3,9 @@
 import os
 from typing import Any
 
+import psutil
+import torch
+from accelerate import init_empty_weights
 from axolotl.utils.logging import get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -64,3 +67,44 @@ def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
         model = PeftModel.from_pretrained(model, adapter_dir)
     keep_4bit_trainable_on_cpu(model)
     return model.eval()
+
+
+def check_room_for_reference(cfg: Any) -> None:
+    """Without an adapter the reference is a second copy of the model: refuse early if it can't fit.
+
+    Args:
+        cfg: axolotl's validated configuration, without an adapter.
+
+    Raises:
+        ValueError: weights of policy, gradients and reference need more memory than is free.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if cfg.fsdp_config or cfg.fsdp or cfg.deepspeed:
+        return  # shards: what is needed here depends on the number of GPUs
+    try:
+        config = AutoConfig.from_pretrained(
+            cfg.base_model_config or cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)
+        )
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # an unusual architecture: loading it will say more than this estimate could
+        return
+    dtype = cfg.torch_dtype if isinstance(cfg.torch_dtype, torch.dtype) else torch.float32
+    copy = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if torch.cuda.is_available():
+        # one process spreads the model over all GPUs, several have one each
+        shared = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        devices = range(torch.cuda.device_count()) if shared else [torch.cuda.current_device()]
+        free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    else:
+        free = psutil.virtual_memory().available
+    # policy and reference, and gradients where all weights are trained; optimiser states come on top
+    needed = (2 if cfg.unfrozen_parameters else 3) * copy
+    if needed > free:
+        raise ValueError(
+            f"adapter: is not set, so rl: bapo keeps a second copy of {cfg.base_model} as the reference. "
+            f"Together with the policy and its gradients that needs {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
+            "free. Set `adapter: qlora` with `load_in_4bit: true` (or `adapter: lora`): then the reference "
+            "is the model with its adapter off and needs no memory"
+        )

@@ -90,7 +90,7 @@ class BAPOPlugin(BasePlugin):
         if not is_active(cfg):
             return None
         if not preprocess and not cfg.get("adapter"):
-            from bapo_plugin.scoring.reference import check_room_for_reference
+            from bapo_plugin.models import check_room_for_reference
 
             check_room_for_reference(cfg)
         from bapo_plugin.prepare import load_datasets

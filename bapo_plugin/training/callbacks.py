@@ -7,12 +7,15 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from bapo_plugin import __version__
 from bapo_plugin.store import write_whole
+
+if TYPE_CHECKING:
+    from bapo_plugin.training.trainer import BAPOTrainer
 
 RECORD = "bapo_run.json"
 
@@ -66,3 +69,26 @@ class RunRecord(TrainerCallback):
         state.save_to_json(str(partial))
         os.replace(partial, folder / "trainer_state.json")
         self._written = time.monotonic()
+
+
+def settings_of(trainer: "BAPOTrainer") -> dict[str, Any]:
+    """For the record of a run without YAML."""
+    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size")
+    names += ("gradient_accumulation_steps", "lr_scheduler_type", "optim", "seed")
+    return {
+        "rl": "bapo",
+        "rl_beta": trainer.beta,
+        "dpo_loss_type": trainer.loss_types,
+        **{name: getattr(trainer.args, name) for name in names},
+        "bapo": trainer.bapo.model_dump(exclude_none=True),
+    }
+
+
+def rows_of(trainer: "BAPOTrainer") -> dict[str, int]:
+    """Split -> number of rows."""
+    sets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    return {
+        name: sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
+        for name, rows in sets.items()
+        if rows is not None
+    }

@@ -38,7 +38,7 @@ from bapo_plugin.scoring.reference import (
     reference_mode,
     weights_key,
 )
-from bapo_plugin.training.callbacks import RunRecord
+from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
 from bapo_plugin.training.refusals import refuse_arguments, trained_adapter
 from bapo_plugin.training.retention import RetentionCallback
@@ -132,33 +132,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
             self.add_callback(RetentionCallback(self, self.bapo.retention))
-        self.record = RunRecord(self._settings(), self.model.config.name_or_path, self._num_rows())
+        self.record = RunRecord(settings_of(self), self.model.config.name_or_path, rows_of(self))
         self.add_callback(self.record)
 
     @property
     def is_sharded(self) -> bool:
         """Whether no process has the whole model (FSDP, ZeRO-3)."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-
-    def _settings(self) -> dict[str, Any]:
-        """For the record of a run without YAML."""
-        names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size")
-        names += ("gradient_accumulation_steps", "lr_scheduler_type", "optim", "seed")
-        return {
-            "rl": "bapo",
-            "rl_beta": self.beta,
-            "dpo_loss_type": self.loss_types,
-            **{name: getattr(self.args, name) for name in names},
-            "bapo": self.bapo.model_dump(exclude_none=True),
-        }
-
-    def _num_rows(self) -> dict[str, int]:
-        sets = {"train": self.train_dataset, "eval": self.eval_dataset}
-        return {
-            name: sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
-            for name, rows in sets.items()
-            if rows is not None
-        }
 
     # ---------------------------------------------------------------- rows
 

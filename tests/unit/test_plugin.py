@@ -93,7 +93,7 @@ def test_full_fine_tuning_without_room_for_a_reference(tmp_path, monkeypatch):
     import psutil
     from tiny import make_model
 
-    from bapo_plugin.scoring.reference import check_room_for_reference
+    from bapo_plugin.models import check_room_for_reference
 
     make_model("qwen2").save_pretrained(tmp_path / "model")
     cfg = DictDefault({"base_model": str(tmp_path / "model")})

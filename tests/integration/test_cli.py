@@ -139,6 +139,8 @@ def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
     assert "bapo.anchor_wieght: unknown key; did you mean anchor_weight?" in output
     assert "sample_packing: True does not work with rl: bapo" in output
     assert "Loading weights" not in output
+    # the message is the last thing on the screen, without a traceback
+    assert "Traceback" not in output and output.rstrip().endswith("remove the line")
 
     rows = make_rows(4)
     rows[2]["base"] = None
@@ -151,10 +153,14 @@ def test_broken_configuration_and_rows_stop_before_a_model_is_loaded(folder):
     config = write_config(
         folder, output_dir=str(folder / "broken"), datasets=[entry], val_set_size=None
     )
-    output = axolotl(folder, "train", config, "--launcher", "python", check=False)
+    output = axolotl(
+        folder, "train", config, check=False
+    )  # accelerate prints a traceback of its own
     # the row without a base response would get one, but not before the faulty one is mended
     assert "1 of 4 rows can't be used" in output and "row 4: rejected is empty" in output
     assert "Loading weights" not in output
+    assert output.count("row 4: rejected is empty") == 1
+    assert output.rstrip().endswith("or leave them out with `bapo.on_faulty: drop`.")
 
 
 @pytest.mark.slow

@@ -224,3 +224,25 @@ def test_adapters_of_different_models_are_refused(folder, tmp_path):
     save_adapter(tmp_path / "third", tmp_path / "other", 1)
     result = run(folder / "first", tmp_path / "third", "-p", folder / "prompts.txt")
     assert result.exit_code == 2 and "belong to different models" in result.output
+
+
+def test_a_checkpoint_is_loaded_as_its_run_was(folder, tmp_path, monkeypatch):
+    """The record lies in the run's folder; names in it start where the run was started."""
+    from bapo_plugin.evaluation.subject import recorded_config
+
+    shutil.copytree(folder / "first", tmp_path / "run/checkpoint-4")
+    assert recorded_config(tmp_path / "run/checkpoint-4") is None
+    config = {
+        "base_model": "model",
+        "load_in_8bit": True,
+        "lora_model_dir": "first",
+        "output_dir": "x",
+    }
+    record = {"config": config, "directory": str(folder)}
+    (tmp_path / "run/bapo_run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    for place in ("run", "run/checkpoint-4"):
+        found = recorded_config(tmp_path / place)
+        assert found["load_in_8bit"] and found["base_model"] == str(folder / "model")
+        assert found["lora_model_dir"] == str(folder / "first")
+        assert found["output_dir"] == str(tmp_path / "run")

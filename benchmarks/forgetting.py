@@ -8,7 +8,7 @@ Every method trains a fresh LoRA adapter on the same pairs, in the same order, f
 what the model itself answered. Measured on prompts that are not in training, at several points of the run:
 
   accuracy, margin    held-out pairs of the persona: how often Δ_chosen > Δ_rejected, and by how much (nats)
-  drift, agreement,   the model's own former answers to unrelated prompts; see bapo_plugin/retention.py
+  drift, agreement,   the model's own former answers to unrelated prompts; see bapo_plugin/scoring/retention.py
     kl
   knowledge           accuracy on easy three-choice questions (benchmarks/data), and on MMLU with --data, by
                       the likelihood of the answer per byte, before and after, the same questions

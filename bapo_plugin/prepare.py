@@ -24,7 +24,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.shared import merge_datasets
 from axolotl.utils.data.utils import deduplicate_and_log_datasets
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from filelock import FileLock
 
 from bapo_plugin.anchors.generate import make_missing, remember_rows
@@ -37,8 +37,8 @@ from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.models import load_reference, reference_adapter, reference_spec
 from bapo_plugin.opening import Opening, store_path
 from bapo_plugin.rows.sources import Source, content_hash, lacks_bases
-from bapo_plugin.rows.table import Faults, finish, overlap, split_by_prompt
-from bapo_plugin.rows.tokens import FEATURES, complete_batch, prepare_batch
+from bapo_plugin.rows.table import Faults, check_long, finish, overlap, split_by_prompt
+from bapo_plugin.rows.tokens import FEATURES, TEXTS, complete_batch, prepare_batch
 from bapo_plugin.store import Store
 
 LOG = get_logger("axolotl." + __name__)
@@ -52,6 +52,10 @@ _CHAT = {"chat_template": False, "chat_template.default": False, "chat_template.
 def load_datasets(cfg: Any) -> TrainDatasetMeta:
     """Rows for training and evaluation, in the form axolotl's `train` takes them from a plugin."""
     train, evaluation = prepare_rows(cfg, load_tokenizer(cfg))
+    if cfg.debug:  # `axolotl preprocess --debug`
+        for row in train.select(range(min(3, len(train)))):
+            for name in TEXTS:
+                print(f"{name} ({len(row[f'{name}_ids'])} tokens): {row[name]!r}")
     steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
     return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluation, total_num_steps=steps)
 
@@ -172,7 +176,17 @@ class Preparation:
                     rows = faults.take_missing(source.name, rows, source.fields.base, policy)
                 found[split].append(rows)
         faults.settle(self._is_main)
+        self._check_before_generating(found)
         return found
+
+    def _check_before_generating(self, rendered: dict[str, list[Dataset]]) -> None:
+        """What depends on rows alone fails now, not when hours of generation are done."""
+        for split, parts in rendered.items():
+            for source, rows in zip(self.splits[split], parts, strict=True):
+                check_long(rows, source.name, self.cfg.sequence_len, self._policy)
+        if (size := self.cfg.val_set_size) and not self.cfg.test_datasets and self._lacks_any:
+            rows = concatenate_datasets(rendered["datasets"])
+            split_by_prompt(rows, int(size) if size >= 1 else size)
 
     def _render(self, source: Source) -> Dataset:
         return source.rows.map(

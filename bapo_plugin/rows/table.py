@@ -126,19 +126,12 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
         ValueError: cut rows with "error", long ones with "raise", or no row is left.
     """
     rows = _apply_on_cut(rows, name, on_cut)
-    long = where(rows, "length", lambda text: text == "long")
-    if long and policy == "raise":
-        raise ValueError(_report_long(name, rows, long, sequence_len))
+    long = check_long(rows, name, sequence_len, policy)
     cut = len(where(rows, "length", lambda text: text == "cut"))
     if cut or long:
         LOG.warning(
             f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut:,} rows cut, "
             f"{len(long):,} dropped, {len(rows) - cut - len(long):,} untouched"
-        )
-    if len(long) == len(rows):
-        raise ValueError(
-            f"{name}: all {len(long)} rows are longer than sequence_len: {sequence_len}; raise sequence_len or set "
-            "`excess_length_strategy: truncate`"
         )
     rows = _without(rows, long)
     counts = np.concatenate(
@@ -148,6 +141,23 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
         ]
     )
     return rows.add_column("open_tokens", counts).select_columns(list(READY))
+
+
+def check_long(rows: Dataset, name: str, sequence_len: int, policy: str) -> list[int]:
+    """Indices of rows that are too long for `sequence_len`.
+
+    Raises:
+        ValueError: there are any and the policy is "raise", or all are.
+    """
+    long = where(rows, "length", lambda text: text == "long")
+    if long and policy == "raise":
+        raise ValueError(_report_long(name, rows, long, sequence_len))
+    if long and len(long) == len(rows):
+        raise ValueError(
+            f"{name}: all {len(long)} rows are longer than sequence_len: {sequence_len}; raise sequence_len or set "
+            "`excess_length_strategy: truncate`"
+        )
+    return long
 
 
 def where(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> list[int]:

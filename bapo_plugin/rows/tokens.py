@@ -230,8 +230,11 @@ def _fit(row: dict[str, Any], sequence_len: int, strategy: LengthStrategy) -> No
     if not row["lacks"]:
         ids, row["length"] = fit_length(row, sequence_len, strategy)
         row |= ids
-    elif len(row["prompt_ids"]) + len(row["open_ids"]) >= sequence_len:
-        row["length"] = "long"  # no base response could make it fit
+        return
+    # without its base response: whether that could still make it fit
+    room = sequence_len - len(row["prompt_ids"])
+    if len(row["open_ids"]) >= room or fit_length(row, sequence_len, strategy)[1] == "long":
+        row["length"] = "long"
 
 
 def complete_batch(

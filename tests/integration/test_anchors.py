@@ -292,6 +292,24 @@ def test_prompts_without_room_are_left_to_the_length_policy(folder, loads, caplo
         assert len(row["prompt_ids"]) + len(row["base_ids"]) <= 64
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sequence_len": 24, "excess_length_strategy": "raise"}, "is over sequence_len: 24"),
+        ({"sequence_len": 4}, "all 4 rows are longer than sequence_len: 4"),
+        ({"val_set_size": 0.3}, "rows of one prompt stay together"),
+    ],
+)
+def test_what_depends_on_rows_alone_fails_before_generation(folder, loads, change, match):
+    rows = [
+        row | {"prompt": "sea", "chosen": "sea " * 9 + str(i)} for i, row in enumerate(make_rows(4))
+    ]
+    write_jsonl(folder / "rows.jsonl", without_base(rows))
+    with pytest.raises(ValueError, match=match):
+        trained(config(folder, **change))
+    assert not loads
+
+
 def test_on_missing(folder, loads, caplog):
     rows = make_rows(4)
     rows[2]["base"] = None

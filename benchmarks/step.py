@@ -41,7 +41,7 @@ from trl import DPOTrainer
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.loss import ResponseLogps, bapo_loss
 from bapo_plugin.rows.texts import tokenize_row
-from bapo_plugin.scoring.collator import PaddedCollator
+from bapo_plugin.scoring.collator import PaddedCollator, logps_of
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "yaml_examples/demo/personal_styles.jsonl"
@@ -198,7 +198,7 @@ class Bench:
         keep.view(-1)[batch["response_index"]] = True
         n = len(labels) // 3
         policy = ResponseLogps(*(logps * keep[:, :-1]).sum(1).view(3, n))
-        reference = ResponseLogps(*batch["reference_logps"].view(3, n))
+        reference = ResponseLogps(*logps_of(batch).view(3, n))
         tokens = ResponseLogps(*batch["cu_seqlens"].diff().view(3, n))
         return bapo_loss(policy, reference, tokens, anchor_weight=0.1).loss.mean()
 

@@ -43,7 +43,8 @@ class PaddedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + 1] int32; token_counts; reference_logps [3n] fp32 where the rows have them."""
+        cu_seqlens [3n + 1] int32; token_counts; reference_bits [3n] where the rows have reference_logps, see
+        `logps_of`."""
         prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
         responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
         batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
@@ -119,8 +120,8 @@ class SharedPrefixCollator:
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
-        cu_seqlens [3n + 1] int32; layout; token_counts; reference_logps [3n] fp32 where the rows have
-        them."""
+        cu_seqlens [3n + 1] int32; layout; token_counts; reference_bits [3n] where the rows have
+        reference_logps, see `logps_of`."""
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -182,9 +183,16 @@ def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[dict[s
 def _reference_logps(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if any(row.get("reference_logps") is None for row in rows):
         return {}
-    # [n, 3] -> all chosen, all rejected, all base
+    # [n, 3] -> all chosen, all rejected, all base. As bits: DeepSpeed casts every float of a batch to its own 16-bit
+    # type, which would round −360.0 nats by up to a nat.
     logps = torch.tensor([row["reference_logps"] for row in rows], dtype=torch.float32)
-    return {"reference_logps": logps.T.reshape(-1)}
+    return {"reference_bits": logps.T.reshape(-1).view(torch.int32)}
+
+
+def logps_of(batch: dict[str, Any]) -> torch.Tensor | None:
+    """log π_ref of a batch's sequences, nats, [3n] fp32, exactly as the rows have them; None where they have none."""
+    bits = batch.get("reference_bits")
+    return None if bits is None else bits.view(torch.float32)
 
 
 def num_rows(batch: dict[str, Any]) -> int:

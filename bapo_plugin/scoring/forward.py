@@ -28,7 +28,7 @@ from bapo_plugin.scoring.shared_prefix import packed
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
 _NOT_FOR_MODEL = (
-    *("response_index", "response_labels", "cu_seqlens", "reference_logps"),
+    *("response_index", "response_labels", "cu_seqlens", "reference_bits"),
     *("layout", "token_counts"),
 )
 
@@ -123,10 +123,10 @@ class ResponseForward:
             }
             with torch.no_grad(), _replaced(head, probe):
                 seen = model(**short).logits
-            expected = torch.tensor(_PROBE, device=seen.device, dtype=torch.float64) * spec.scale
+            expected = torch.tensor(_PROBE, dtype=torch.float64) * spec.scale
             if spec.softcap:
                 expected = spec.softcap * torch.tanh(expected / spec.softcap)
-            if torch.allclose(seen.double().view(-1), expected, rtol=0.02, atol=1e-3):
+            if torch.allclose(seen.cpu().double().view(-1), expected, rtol=0.02, atol=1e-3):
                 return spec
         except Exception as error:  # a model that inspects its own logits
             return (

@@ -150,10 +150,11 @@ class ReferenceCache:
                 own = [part[j % len(part)] for j in range(rank, _round_up(len(part), world), world)]
                 batch = self._collate([rows[i] for i in own])
                 batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-                values = self._compute(batch).view(len(RESPONSES), len(own)).T.double()
+                values = self._compute(batch).view(len(RESPONSES), len(own)).T
                 # [process, row] -> the order of `part`
                 values = accelerator.gather(values.contiguous()).view(world, len(own), -1)
-                values = values.transpose(0, 1).reshape(world * len(own), -1)[: len(part)].cpu()
+                values = values.transpose(0, 1).reshape(world * len(own), -1)[: len(part)]
+                values = values.cpu().double()  # not every device has 64 bits
                 if not values.isfinite().all():
                     bad = part[int((~values.isfinite()).any(dim=1).nonzero()[0])]
                     raise ValueError(

@@ -92,14 +92,15 @@ def measure(
             for name, policy in policies.items():
                 logps = torch.log_softmax(policy(batch), dim=-1)
                 drift = logps.gather(1, labels)[:, 0] - ref_logps
-                same = (logps.argmax(-1) == ref_best).double()
-                kl = (ref.exp() * (ref - logps)).sum(-1)
+                same = (logps.argmax(-1) == ref_best).cpu().double()
+                kl = (ref.exp() * (ref - logps)).sum(-1).cpu().double()
+                drift = drift.cpu().double()  # not every device has 64 bits
                 for k, i in enumerate(part):
                     own = slice(bounds[k], bounds[k + 1])
                     found[name][i] = (
-                        float(drift[own].double().sum()),
+                        float(drift[own].sum()),
                         float(same[own].mean()),
-                        float(kl[own].double().mean()),
+                        float(kl[own].mean()),
                     )
         on_answers(len(part))
     tokens = torch.tensor([len(answer.answer_ids) for answer in answers], dtype=torch.float64)

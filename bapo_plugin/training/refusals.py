@@ -45,10 +45,17 @@ def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
         )
 
 
-def trained_adapter(output_dir: str) -> str:
-    if not (Path(output_dir) / "adapter_config.json").exists():
+def adapter_to_evaluate(output_dir: str, start: str | None) -> str:
+    """The adapter that a run has trained, else the one that it was to start from (`lora_model_dir`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (Path(output_dir) / "adapter_config.json").exists():
+        return output_dir
+    if start is None:
         raise ValueError(
             f"output_dir: {output_dir} has no trained adapter to evaluate; train first, or name one with "
             "`lora_model_dir:`"
         )
-    return output_dir
+    return start

@@ -28,7 +28,7 @@ from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.table import Faults, finish
 from bapo_plugin.rows.texts import TextRows
 from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
-from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, num_rows
+from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, logps_of, num_rows
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import choose_collator
 from bapo_plugin.scoring.reference import (
@@ -38,9 +38,10 @@ from bapo_plugin.scoring.reference import (
     reference_mode,
     weights_key,
 )
+from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
-from bapo_plugin.training.refusals import refuse_arguments, trained_adapter
+from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
 from bapo_plugin.training.retention import RetentionCallback
 
 LOG = get_logger("axolotl." + __name__)
@@ -104,10 +105,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
             set_seed(training_args.seed)
         reference = self.bapo.reference
         if getattr(training_args, "bapo_has_adapter", False) and not is_peft_model(args[0]):
-            training = kwargs.get("peft_config") is not None  # `axolotl evaluate` leaves it out
             path = training_args.bapo_adapter_dir
-            if not training:
-                reference, path = "base", path or trained_adapter(training_args.output_dir)
+            if kwargs.get("peft_config") is None:  # `axolotl evaluate` leaves it out
+                reference, path = "base", adapter_to_evaluate(training_args.output_dir, path)
             if path:
                 # axolotl hands a DPO trainer the settings of a new adapter, also where
                 # `lora_model_dir` names one to go on with; TRL makes a given one its own reference
@@ -118,9 +118,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         super().__init__(*args, **kwargs)
         if reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
+        adapters.copy_to_reference(self.model)
         for module in (self.model, self.ref_model):
             if module is not None:
                 keep_4bit_trainable_on_cpu(module)
+                if self.args.disable_dropout:
+                    adapters.disable_functional_dropout(module)
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
@@ -348,16 +351,21 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def _reference_logps(self, model: nn.Module, unwrapped: nn.Module, inputs: dict) -> Tensor:
         """log π_ref of the batch's 3n sequences, nats, without gradient."""
-        if "reference_logps" in inputs:
-            return inputs["reference_logps"]
+        if (known := logps_of(inputs)) is not None:
+            return known
         if self.ref_model is not None:
             model, unwrapped = self.ref_model, self.accelerator.unwrap_model(self.ref_model)
         elif not is_peft_model(unwrapped):
             raise RuntimeError(
                 "no reference: the model has no adapter and no reference model was given"
             )
-        with reference_mode(unwrapped, self.args.gradient_checkpointing_kwargs):
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with evaluating(unwrapped), reference_mode(unwrapped, checkpointing):
             return self._forward(model, unwrapped, inputs).logps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        adapters.load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Rows of one optimiser step, over its micro-batches and all ranks.

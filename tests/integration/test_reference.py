@@ -22,6 +22,7 @@ from helpers import (
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin.scoring.collator import logps_of
 from bapo_plugin.scoring.reference import COLUMN
 from bapo_plugin.store import StoreDamaged
 
@@ -35,7 +36,7 @@ def passes(monkeypatch):
     original = BAPOTrainer._reference_logps
 
     def counted(self, model, unwrapped, inputs):
-        if COLUMN not in inputs:
+        if logps_of(inputs) is None:
             sizes.append((inputs["cu_seqlens"].numel() - 1) // 3)
         return original(self, model, unwrapped, inputs)
 

@@ -375,3 +375,99 @@ def test_fresh_adapter_reference_is_the_base_model(tmp_path):
     torch.testing.assert_close(reference, base.detach())
     assert (trainer._forward(trainer.model, trainer.model, batch).logps - base).abs().max() > 0.05
     assert fresh_lora().r == 4
+
+
+# ---------------------------------------------------------------- an adapter whose training goes on
+
+
+def continued(tmp_path, steps, **changes):
+    model = lora_model()
+    randomize_lora(model, std=0.2)
+    return bapo_trainer(
+        tmp_path,
+        model,
+        rows=make_rows(16),
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=steps,
+        **changes,
+    )
+
+
+def steps_of(trainer):
+    return {e["step"]: e for e in trainer.state.log_history if "loss" in e}
+
+
+def test_a_continued_adapter_resumes_with_what_it_had_learned(tmp_path):
+    """transformers loads only adapters in subfolders, where there are any: the frozen copy "ref"."""
+    whole = continued(tmp_path / "whole", 4)
+    whole.train()
+    first = continued(tmp_path / "parts", 2)
+    first.train()
+    assert (tmp_path / "parts/out/checkpoint-2/ref").is_dir(), "the trap"
+    second = continued(tmp_path / "parts", 4)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts/out/checkpoint-2"))
+    expected, found = steps_of(whole), steps_of(second)
+    for step in (3, 4):
+        for name in ("loss", "drift/chosen", "drift/base"):
+            assert float(found[step][name]) == pytest.approx(float(expected[step][name]), abs=1e-5)
+    assert abs(float(found[3]["drift/chosen"])) > 1e-2, "it starts from where it was"
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trainer = continued(tmp_path, 2)
+    trainer.train()
+    path = tmp_path / "out/checkpoint-2/adapter_model.safetensors"
+    weights = load_file(path)
+    other = weights[next(iter(weights))].clone()
+    save_file({**weights, "base_model.model.other.lora_A.weight": other}, path)
+    with pytest.raises(
+        ValueError, match="other.lora_A.weight is not what the model has after loading"
+    ):
+        continued(tmp_path, 4).train(resume_from_checkpoint=str(path.parent))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+        {
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 6, 7, 8, 9]},
+        },
+    ],
+    ids=["embedding", "tokens"],
+)
+def test_the_reference_copy_of_an_adapter_is_the_adapter(tmp_path, lora):
+    """TRL's copy leaves out what LoRA adds to embeddings, and trained tokens."""
+    model = lora_model(**lora)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    trainer = bapo_trainer(tmp_path, model, learning_rate=1e-12, max_steps=1)
+    trainer.train()
+    for name in ("chosen", "rejected", "base"):
+        assert float(steps_of(trainer)[1][f"drift/{name}"]) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "granite"])
+def test_dropout_that_is_a_function_is_off_too(tmp_path, family, precomputed):
+    """TRL's disable_dropout reaches nn.Dropout modules only; policy and reference would differ at random."""
+    from peft import get_peft_model
+
+    vocabulary = len(make_tokenizer())
+    model = get_peft_model(
+        make_model(family, vocab_size=vocabulary, attention_dropout=0.3), fresh_lora()
+    )
+    trainer = bapo_trainer(
+        tmp_path, model, learning_rate=1e-12, bapo={"precompute_ref_log_probs": precomputed}
+    )
+    trainer.train()
+    for entry in steps_of(trainer).values():
+        assert float(entry["drift/base"]) == pytest.approx(0, abs=1e-4)
+        assert float(entry["loss"]) == pytest.approx(0.6931, abs=1e-3)

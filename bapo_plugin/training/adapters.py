@@ -1,0 +1,67 @@
+"""The policy's adapter and its frozen copy, and what would make the two differ without training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter whose training goes on
+
+
+def copy_to_reference(model: Any) -> None:
+    """Make the adapter "ref" what the active adapter is, in values and dtypes.
+
+    TRL copies parameters whose names hold ".default.", which those of embeddings and trained tokens don't.
+    """
+    if not is_peft_model(model) or REFERENCE not in model.peft_config:
+        return
+    (active,) = model.active_adapters
+    state = get_peft_model_state_dict(model, adapter_name=active)
+    set_peft_model_state_dict(model, state, adapter_name=REFERENCE)
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        parts = name.split(".")
+        if REFERENCE in parts:
+            twin = own.get(".".join(active if part == REFERENCE else part for part in parts))
+            if twin is not None and twin.dtype != parameter.dtype:
+                parameter.data = parameter.data.to(twin.dtype)
+            parameter.requires_grad_(False)
+
+
+def load_adapter(model: Any, checkpoint: str | Path) -> None:
+    """Load a checkpoint's adapter into the active one, where transformers took only those in subfolders ("ref").
+
+    Raises:
+        ValueError: the model then has other weights than the file.
+    """
+    path = Path(checkpoint) / "adapter_model.safetensors"
+    if not is_peft_model(model) or REFERENCE not in model.peft_config or not path.is_file():
+        return
+    (active,) = model.active_adapters
+    model.load_adapter(str(checkpoint), active, is_trainable=True)
+    found = get_peft_model_state_dict(model, adapter_name=active)
+    for name, saved in load_file(path).items():
+        loaded = found.get(name)
+        if loaded is None or not torch.equal(loaded.cpu(), saved.to(loaded.dtype)):
+            raise ValueError(
+                f"{path}: {name} is not what the model has after loading it; the checkpoint was written by a run with other "
+                "adapter settings. Start again with them, or without resume_from_checkpoint"
+            )
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Set every rate of dropout that is no `nn.Dropout` module to 0, as TRL's `disable_dropout` does with modules.
+
+    Granite, StarCoder2 and others drop out by a function, with a rate that is an attribute of their layers: policy
+    and reference would differ at random.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            continue
+        for name, value in vars(module).items():
+            if name.endswith(("dropout", "dropout_p", "dropout_prob")) and isinstance(value, float):
+                setattr(module, name, 0.0)

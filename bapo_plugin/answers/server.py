@@ -18,6 +18,7 @@ from bapo_plugin.config import AnchorServerConfig
 LOG = get_logger("axolotl." + __name__)
 
 _PROBES = 3
+_BUSY = (429, 502, 503, 504)
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -175,17 +176,18 @@ class ServerEngine:
         url = self._server.url.rstrip("/") + "/completions"
         for form in _FORMS[:-1]:
             try:
-                response = self._client.post(url, json=self._body(short, form, greedy=True))
+                for _ in range(3):
+                    response = self._client.post(url, json=self._body(short, form, greedy=True))
+                    if response.status_code not in _BUSY:
+                        break
+                    self._stopping.wait(_seconds(response.headers.get("retry-after")) or 1.0)
                 reply = response.json() if response.status_code == 200 else {}
             except httpx.ConnectError:
                 break  # no server: the request itself will say so, after its retries
             except (httpx.TransportError, ValueError):
                 continue
-            if response.status_code == 200 and _prompt_tokens(reply) in (
-                None,
-                len(request.prompt_ids),
-            ):
-                if isinstance(reply.get("choices"), list):
+            if isinstance(reply, dict) and isinstance(reply.get("choices"), list):
+                if _prompt_tokens(reply) in (None, len(request.prompt_ids)):
                     return form
             if response.status_code in (401, 403, 404):
                 break

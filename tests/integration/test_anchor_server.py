@@ -207,6 +207,12 @@ def test_a_server_that_misbehaves_is_asked_again(folder):
     assert not server.faults and len(server.requests) >= ROWS + 6 + 10
 
 
+def test_a_server_that_is_busy_at_first_still_gets_token_ids(folder):
+    with Server(faults=[429, 503], takes="ids") as server:
+        anchored(folder, server.url, probe=False)
+    assert isinstance(server.requests[-1]["prompt"], list)
+
+
 @pytest.mark.parametrize(
     ("fault", "match"),
     [

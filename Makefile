@@ -47,6 +47,6 @@ bench: model
 	@$(RUN) python benchmarks/kernel.py
 	@$(RUN) python benchmarks/step.py --model "$(MODEL)"
 	@$(RUN) python benchmarks/anchors.py --model "$(MODEL)"
-	@$(RUN) python benchmarks/prepare.py --model "$(MODEL)" --rows 1000 --turns 1
+	@$(RUN) python benchmarks/prepare.py --model "$(MODEL)" --rows 1000 --turns 1 --output "$(VENV)/prepare.csv"
 	@$(RUN) python benchmarks/forgetting.py --model "$(MODEL)" --quick
 	@$(RUN) python benchmarks/proposition.py --quick

@@ -146,6 +146,11 @@ class BaseResponse(NamedTuple):
     cut: bool = False
     tokens: tuple[int, ...] | None = None
 
+    @property
+    def text(self) -> str:
+        """The words alone."""
+        return self.said if isinstance(self.said, str) else self.said["content"]
+
 
 def read_base(
     row: Mapping[str, Any], fields: Fields, history: Sequence[Message] | None = None

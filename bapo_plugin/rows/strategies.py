@@ -154,11 +154,10 @@ class StrategyRows:
                     )
 
     def _base(self, row: Row, texts: Row, place: _Place, base: BaseResponse) -> str:
-        said = base.said if isinstance(base.said, str) else base.said["content"]
         if place != self._only_place:
             self._check_only_place(row, place)
             self._only_place = place
-        changed = self._render(_replace(row, {place.slot: said}))
+        changed = self._render(_replace(row, {place.slot: base.text}))
         if any(changed[name] != texts[name] for name in ("prompt", "rejected")):
             raise RowError(
                 "the prompt strategy renders another prompt when it renders the base response"

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from bapo_plugin.rows.errors import report_rows
 from bapo_plugin.rows.tokens import IDS, READY
+from bapo_plugin.store import write_whole
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -108,8 +109,8 @@ class Faults:
             for name, rows in found.items()
             for row, problem in rows
         ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join(lines) + "\n", "utf-8", errors="backslashreplace")
+        text = "\n".join(lines) + "\n"
+        write_whole(self.path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str) -> Dataset:

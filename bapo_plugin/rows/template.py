@@ -82,10 +82,6 @@ class ChatTemplate:
         """What ends a turn; where `end_id` is None it is text that is no token, and nothing stops a model there."""
         return self._end.text
 
-    @property
-    def writes_the_date(self) -> bool:
-        return "strftime_now" in self.text
-
     def ask(self, history: Sequence[Message], tools: list[dict] | None = None) -> str:
         """The text that asks the model to answer.
 
@@ -207,12 +203,9 @@ class ChatTemplate:
         its own."""
         text = self._apply([*history, message], tools)
         tail = self._end.tail
-        if tail and text.endswith(tail):
-            text = text[: -len(tail)]
-        elif not tail:
-            pass
-        else:  # a turn that ends otherwise, such as a call of a tool
+        if not text.endswith(tail):  # a turn that ends otherwise, such as a call of a tool
             return self._stops.close(text, self._end.text), False
+        text = text.removesuffix(tail)
         body = self._strip(text)
         return body + self._end.text, body != text
 
@@ -247,7 +240,7 @@ def tokens_of(base: BaseResponse | None) -> tuple[tuple[int, ...], str] | None:
     """Ids and text of a base response that brings its tokens."""
     if base is None or base.tokens is None:
         return None
-    return base.tokens, base.said if isinstance(base.said, str) else base.said["content"]
+    return base.tokens, base.text
 
 
 # ---------------------------------------------------------------- words

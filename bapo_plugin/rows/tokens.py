@@ -40,6 +40,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, from_template: bool):
         self._tokenizer = tokenizer
         self._from_template = from_template
+        self._special = set(special_texts(tokenizer).values())
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -56,9 +57,7 @@ class Encoder:
         except (OverflowError, TypeError, IndexError):  # ids of another tokenizer
             return False
         rest = written[len(text) :]
-        return written.startswith(text) and (
-            not rest or rest in special_texts(self._tokenizer).values()
-        )
+        return written.startswith(text) and (not rest or rest in self._special)
 
     def _single(self, ids: list[int], text: str) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id

@@ -135,9 +135,9 @@ class Bench:
         model.eval()
         collator, found = SharedPrefixCollator(pad_token_id=self.pad), torch.empty(len(rows), 3)
         # packs take rows in an order of their own
-        for part in split_by_tokens([row | {"index": i} for i, row in enumerate(rows)], 2048):
-            logps = self.forward(model, model, collator.pack(part)).logps
-            found[[row["index"] for row in part]] = logps.view(3, len(part)).T
+        for part in split_by_tokens(rows, 2048):
+            logps = self.forward(model, model, collator.pack([rows[i] for i in part])).logps
+            found[part] = logps.view(3, len(part)).T
         return found
 
     def questions(self, model, questions: Sequence[Question]) -> list[bool]:

@@ -41,7 +41,8 @@ from trl import DPOTrainer
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.loss import ResponseLogps, bapo_loss
 from bapo_plugin.rows.texts import tokenize_row
-from bapo_plugin.scoring.collator import PaddedCollator, logps_of
+from bapo_plugin.scoring.collator import ROW, PaddedCollator
+from bapo_plugin.scoring.reference import COLUMN
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "yaml_examples/demo/personal_styles.jsonl"
@@ -121,8 +122,12 @@ class Bench:
             peft_config=LoraConfig(
                 r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
-            bapo=BAPOConfig(shared_prefix="require", precompute_ref_log_probs=False),
+            bapo=BAPOConfig(shared_prefix="require"),
         )
+        # all rows of a batch get the reference log-probs of row 0
+        known = self.trainer.train_dataset.add_column(COLUMN, [[-50.0] * 3])
+        self.trainer.reference.number(known, "training")
+        self.trainer.reference.fill()
         self.model = self.trainer.model
         self.trl = DPOTrainer(
             self.model,
@@ -173,7 +178,7 @@ class Bench:
             ]
             batch = self.trl.data_collator(features)
         else:
-            rows = [row | {"reference_logps": [-50.0] * 3} for row in rows]
+            rows = [row | {ROW: 0} for row in rows]
             shared = variant == "bapo_shared"
             pad = self.tokenizer.pad_token_id
             batch = (self.trainer.data_collator if shared else PaddedCollator(pad))(rows)
@@ -198,7 +203,7 @@ class Bench:
         keep.view(-1)[batch["response_index"]] = True
         n = len(labels) // 3
         policy = ResponseLogps(*(logps * keep[:, :-1]).sum(1).view(3, n))
-        reference = ResponseLogps(*logps_of(batch).view(3, n))
+        reference = ResponseLogps(*self.trainer.reference.known(batch).view(3, n))
         tokens = ResponseLogps(*batch["cu_seqlens"].diff().view(3, n))
         return bapo_loss(policy, reference, tokens, anchor_weight=0.1).loss.mean()
 

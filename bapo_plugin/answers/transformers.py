@@ -120,7 +120,7 @@ class TransformersEngine:
         processors = LogitsProcessorList()
         if self._sampling.temperature > 0:
             processors.append(_SeededSampling(self._sampling, requests, self.model.device))
-        with torch.inference_mode(), autocast(self.model), _neutral(self.model):
+        with torch.no_grad(), autocast(self.model), _neutral(self.model):
             out = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),

@@ -13,6 +13,10 @@ import torch
 from bapo_plugin.rows.tokens import IDS, RESPONSES
 from bapo_plugin.scoring.shared_prefix import Layout, Segment
 
+# column of a row: its number among all rows that a trainer knows. A batch brings it to the loss, where what is known
+# of the row is looked up: numbers stay whole, while DeepSpeed casts every float of a batch to its own 16-bit type.
+ROW = "row_number"
+
 
 @dataclass
 class PaddedCollator:
@@ -43,15 +47,14 @@ class PaddedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + 1] int32; token_counts; reference_bits [3n] where the rows have reference_logps, see
-        `logps_of`."""
+        cu_seqlens [3n + 1] int32; token_counts; row_number [n] int64 where the rows have one."""
         prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
         responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
         batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         separate = sum(map(len, prompts)) + sum(map(len, responses))
         counts = [batch["input_ids"].numel(), separate, separate]
         batch["token_counts"] = torch.tensor(counts)
-        return batch | _reference_logps(rows)
+        return batch | _row_numbers(rows)
 
 
 def pad_sequences(
@@ -94,7 +97,7 @@ class SharedPrefixCollator:
     Args:
         pad_to_multiple_of: fill the row up with a segment of its own that nothing else sees.
         tokens_per_batch: with more tokens than this, a batch is split into packs that the trainer takes one
-            after another: {"packs": [batch, ...]}. A single row is never split.
+            after another. A single row is never split.
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
@@ -112,16 +115,24 @@ class SharedPrefixCollator:
     tokens_per_batch: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch, or {"packs": batches}; see `pack`."""
-        packs = split_by_tokens(rows, self.tokens_per_batch) if self.tokens_per_batch else [rows]
-        if len(packs) == 1:
-            return self.pack(packs[0])
-        return {"packs": [self.pack(part) for part in packs]}
+        """A batch of `pack`, or {"packs": such batches, "order": [n] the rows' places in the micro-batch,
+        "input_ids": [1, T] of all}."""
+        if not self.tokens_per_batch:
+            return self.pack(rows)
+        parts = split_by_tokens(rows, self.tokens_per_batch)
+        if len(parts) == 1:
+            return self.pack(rows)
+        packs = [self.pack([rows[i] for i in part]) for part in parts]
+        return {
+            "packs": packs,
+            "order": torch.tensor([i for part in parts for i in part]),
+            # for those who count tokens
+            "input_ids": torch.cat([pack["input_ids"] for pack in packs], dim=1),
+        }
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
-        cu_seqlens [3n + 1] int32; layout; token_counts; reference_bits [3n] where the rows have
-        reference_logps, see `logps_of`."""
+        cu_seqlens [3n + 1] int32; layout; token_counts; row_number [n] int64 where the rows have one."""
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -160,13 +171,13 @@ class SharedPrefixCollator:
             "cu_seqlens": torch.tensor(lengths).cumsum(0).to(torch.int32),
             "layout": Layout(tuple(segments)),
             "token_counts": torch.tensor([len(ids), real, separate]),
-        } | _reference_logps(rows)
+        } | _row_numbers(rows)
 
 
-def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[dict[str, Any]]]:
-    """Rows in packs of at most `budget` tokens with shared prompts: the longest first, each into the first
-    pack that has room."""
-    packs: list[list[dict[str, Any]]] = []
+def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[int]]:
+    """Indices of rows in packs of at most `budget` tokens with shared prompts: the longest first, each into the
+    first pack that has room."""
+    packs: list[list[int]] = []
     rooms: list[int] = []
     sizes = [sum(len(row[key]) for key in IDS) for row in rows]
     for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
@@ -175,24 +186,15 @@ def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[dict[s
             packs.append([])
             rooms.append(budget)
             fits = len(packs) - 1
-        packs[fits].append(rows[i])
+        packs[fits].append(i)
         rooms[fits] -= sizes[i]
     return packs
 
 
-def _reference_logps(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    if any(row.get("reference_logps") is None for row in rows):
+def _row_numbers(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    if any(ROW not in row for row in rows):
         return {}
-    # [n, 3] -> all chosen, all rejected, all base. As bits: DeepSpeed casts every float of a batch to its own 16-bit
-    # type, which would round −360.0 nats by up to a nat.
-    logps = torch.tensor([row["reference_logps"] for row in rows], dtype=torch.float32)
-    return {"reference_bits": logps.T.reshape(-1).view(torch.int32)}
-
-
-def logps_of(batch: dict[str, Any]) -> torch.Tensor | None:
-    """log π_ref of a batch's sequences, nats, [3n] fp32, exactly as the rows have them; None where they have none."""
-    bits = batch.get("reference_bits")
-    return None if bits is None else bits.view(torch.float32)
+    return {ROW: torch.tensor([row[ROW] for row in rows])}
 
 
 def num_rows(batch: dict[str, Any]) -> int:

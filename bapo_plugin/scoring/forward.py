@@ -23,14 +23,18 @@ from torch import Tensor, nn
 
 from bapo_kernels import sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
+from bapo_plugin.scoring.collator import ROW
 from bapo_plugin.scoring.shared_prefix import packed
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
 _NOT_FOR_MODEL = (
-    *("response_index", "response_labels", "cu_seqlens", "reference_bits"),
-    *("layout", "token_counts"),
+    *("response_index", "response_labels", "cu_seqlens", "layout", "token_counts"),
+    *(ROW, "is_repeated"),
 )
+
+
+_TRIES = 3
 
 
 class ForwardOutput(NamedTuple):
@@ -61,6 +65,7 @@ class ResponseForward:
         self._backend = backend
         # model -> its head, or the reason for the plain path
         self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
+        self._failures: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._redirect = ForwardRedirection()
 
     def __call__(
@@ -93,13 +98,28 @@ class ResponseForward:
         head = model.get_output_embeddings()
         spec = self._heads.get(model)
         if spec is None:
-            spec = self._heads[model] = self._inspect(model, head, kwargs)
-            if isinstance(spec, str):
-                self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
+            spec = self._find_head(model, head, kwargs)
         # an adapter may have put another head in place (modules_to_save)
         if isinstance(spec, str) or not _is_plain_linear(head):
             return self._from_logits(model, head, batch, kwargs)
         return self._from_kernel(model, head, spec, batch, kwargs)
+
+    def _find_head(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
+        """`_inspect`, once; an exception may come from anywhere in the model, so it is tried again before it counts as
+        a property of the head."""
+        try:
+            spec = self._inspect(model, head, kwargs)
+        except Exception as error:  # a model that inspects its own logits, or a passing fault
+            spec = (
+                f"{type(model).__name__} failed on probe logits ({type(error).__name__}: {error})"
+            )
+            self._failures[model] = self._failures.get(model, 0) + 1
+            if self._failures[model] < _TRIES:
+                return spec
+        self._heads[model] = spec
+        if isinstance(spec, str):
+            self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
+        return spec
 
     def _inspect(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
         """Find out what the model does after its head; a string says why the plain path is needed."""
@@ -114,24 +134,19 @@ class ResponseForward:
         def probe(hidden: Tensor) -> Tensor:
             return torch.tensor(_PROBE, device=hidden.device, dtype=hidden.dtype).view(1, 1, -1)
 
-        try:
-            # two tokens are enough to pass through every layer
-            short = {
-                k: v[:1, :2] if isinstance(v, Tensor) and v.dim() > 1 else v
-                for k, v in kwargs.items()
-                if k != "bapo_layout"
-            }
-            with torch.no_grad(), _replaced(head, probe):
-                seen = model(**short).logits
-            expected = torch.tensor(_PROBE, dtype=torch.float64) * spec.scale
-            if spec.softcap:
-                expected = spec.softcap * torch.tanh(expected / spec.softcap)
-            if torch.allclose(seen.cpu().double().view(-1), expected, rtol=0.02, atol=1e-3):
-                return spec
-        except Exception as error:  # a model that inspects its own logits
-            return (
-                f"{type(model).__name__} failed on probe logits ({type(error).__name__}: {error})"
-            )
+        # two tokens are enough to pass through every layer
+        short = {
+            k: v[:1, :2] if isinstance(v, Tensor) and v.dim() > 1 else v
+            for k, v in kwargs.items()
+            if k != "bapo_layout"
+        }
+        with torch.no_grad(), _replaced(head, probe):
+            seen = model(**short).logits
+        expected = torch.tensor(_PROBE, dtype=torch.float64) * spec.scale
+        if spec.softcap:
+            expected = spec.softcap * torch.tanh(expected / spec.softcap)
+        if torch.allclose(seen.cpu().double().view(-1), expected, rtol=0.02, atol=1e-3):
+            return spec
         return f"{type(model).__name__} transforms its logits in a way that its config doesn't name"
 
     def _from_kernel(
@@ -172,18 +187,46 @@ class ResponseForward:
         return ForwardOutput(sums, getattr(outputs, "aux_loss", None))
 
 
-def response_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def within(
+    model: nn.Module, unwrapped: nn.Module, function: Callable[[], Any], inputs: dict
+) -> Any:
+    """Call a function inside the forward of a model's wrapper, which then gathers what FSDP or ZeRO-3 has sharded.
+
+    Args:
+        model: as the trainer calls it, perhaps wrapped.
+        unwrapped: the model inside.
+        function: what is to be done with the model; it has no arguments.
+        inputs: tensors for wrappers that look at what a forward gets.
+    """
+    if model is unwrapped and not _is_fsdp2(model):
+        return function()
+    return ForwardRedirection()(model, unwrapped, lambda **_: function(), **inputs)
+
+
+def _is_fsdp2(model: nn.Module) -> bool:
+    return type(model).__name__.startswith("FSDP")
+
+
+def response_logits(
+    model: nn.Module, batch: dict[str, Tensor], unwrapped: nn.Module | None = None
+) -> Tensor:
     """The model's own logits of response tokens, [T, V] fp32, as its head and what follows give them.
 
     For measuring distributions (KL, agreement); log-probs alone come cheaper from `ResponseForward`.
 
     Args:
-        model: unwrapped.
+        model: as it is called, perhaps wrapped.
         batch: input_ids, attention_mask, response_index; see `bapo_plugin.scoring.collator`.
+        unwrapped: the model inside, by default `model`.
     """
+    inner = model if unwrapped is None else unwrapped
     kwargs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL} | {"use_cache": False}
-    head = model.get_output_embeddings()
-    return _call_with_response_head(model, head, batch, kwargs).logits[0].float()
+
+    def run() -> Tensor:
+        head = inner.get_output_embeddings()
+        return _call_with_response_head(inner, head, batch, kwargs).logits[0].float()
+
+    return within(model, inner, run, kwargs)
 
 
 def _call_with_response_head(model: nn.Module, head: nn.Module, batch: dict, kwargs: dict) -> Any:

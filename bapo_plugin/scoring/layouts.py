@@ -22,7 +22,7 @@ LOG = get_logger("axolotl." + __name__)
 
 
 def choose_collator(
-    models: Sequence[nn.Module],
+    models: Sequence[tuple[nn.Module, nn.Module]],
     forward: ResponseForward,
     *,
     wanted: str,
@@ -33,11 +33,14 @@ def choose_collator(
     autocast: Callable[[], AbstractContextManager],
     checkpointing: dict | None,
     refused: str | None,
+    device: torch.device | None = None,
+    agree: Callable[[str | None], str | None] = lambda reason: reason,
 ) -> PaddedCollator | SharedPrefixCollator:
     """The layout of batches: one prompt for three responses where that is proven on the models.
 
     Args:
-        models: policy, and the reference where it is a model of its own.
+        models: policy, and the reference where it is a model of its own: each as it is called (perhaps wrapped), and the
+            model inside.
         forward: that of training.
         wanted: "auto", "off" or "require".
         tokens_per_batch: with a shared prefix, most tokens at a time.
@@ -45,6 +48,8 @@ def choose_collator(
         mixed_precision, autocast: of training.
         checkpointing: settings of gradient checkpointing, to restore it with.
         refused: why the prompt can't be shared whatever the models are, or None.
+        device: where inputs go; by default where the model is.
+        agree: given this process's verdict, returns that of all.
 
     Raises:
         ValueError: sharing is required and can't be done, or a setting needs it and it is off.
@@ -59,29 +64,29 @@ def choose_collator(
         return padded
     shared = SharedPrefixCollator(pad_token_id, pad_to_multiple_of, tokens_per_batch)
 
-    def try_out(model: nn.Module) -> str | None:
+    def try_out(model: nn.Module, unwrapped: nn.Module) -> str | None:
         def run(rows: list[dict], is_shared: bool) -> tuple[Tensor, int]:
             batch: dict[str, Any] = shared.pack(rows) if is_shared else padded(rows)
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+            batch = {key: value.to(device or unwrapped.device) for key, value in batch.items()}
             with (
                 torch.no_grad(),
                 autocast(),
-                evaluating(model),
-                disable_gradient_checkpointing(model, checkpointing),
+                evaluating(unwrapped),
+                disable_gradient_checkpointing(unwrapped, checkpointing),
             ):
-                logps = forward(model, model, batch).logps
+                logps = forward(model, unwrapped, batch).logps
             return logps, batch["layout"].calls if is_shared else 0
 
-        return _why_not(model, run, mixed_precision)
+        return _why_not(unwrapped, run, mixed_precision)
 
-    reason = refused or next(filter(None, map(try_out, models)), None)
+    reason = refused or agree(next(filter(None, (try_out(*pair) for pair in models)), None))
     if reason:
         if wanted == "require":
             raise ValueError(
                 f"bapo.shared_prefix: require, but {reason}; set bapo.shared_prefix: auto to compute the prompt once for "
                 "each response"
             )
-        for model in models:
+        for _, model in models:
             uninstall(model)
         LOG.info(
             f"shared prefix: off, each response gets a padded row of its own: {reason}"
@@ -90,6 +95,28 @@ def choose_collator(
         return padded
     LOG.info("shared prefix: on, each prompt is computed once for its three responses")
     return shared
+
+
+class LateCollator:
+    """Stands for a layout that is chosen after batches' loader is made: weights must be sharded first."""
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None):
+        #: what collates
+        self.chosen: PaddedCollator | SharedPrefixCollator = PaddedCollator(
+            pad_token_id, pad_to_multiple_of
+        )
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.chosen(rows)
+
+
+def compute_dtype(model: nn.Module, mixed_precision: str) -> torch.dtype:
+    """What a model computes in."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = half.get(mixed_precision, next(model.parameters()).dtype)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        return getattr(model.config, "dtype", None) or dtype
+    return dtype
 
 
 def _why_not(
@@ -104,13 +131,12 @@ def _why_not(
     if parameter.device.type == "meta":
         return "the model isn't loaded on this process"
     config = model.config.get_text_config()
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = half.get(mixed_precision, parameter.dtype)
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        dtype = getattr(model.config, "dtype", None) or dtype
+    dtype = compute_dtype(model, mixed_precision)
+    far = _LONGEST_CHECK[parameter.device.type == "cuda"]
     try:
         install(model)
-        reason = self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
+        rows = check_rows(config, far)
+        reason = self_check(run, rows, config.num_hidden_layers, config.vocab_size, dtype)
     except Exception as error:  # a family that stumbles over the layout
         reason = f"{type(error).__name__}: {error}"
     return reason and f"the check on {type(unwrap_peft(model)).__name__} failed: {reason}"
@@ -170,6 +196,7 @@ _STATE_KEYS = (
 
 def self_check(
     run: Callable[[Sequence[dict], bool], tuple[Tensor, int]],
+    rows: Sequence[dict],
     num_layers: int,
     vocab_size: int,
     dtype: torch.dtype,
@@ -179,11 +206,11 @@ def self_check(
     Args:
         run: (rows, shared) -> log-probs [3n] of the rows' responses, and how often an attention layer got
             the layout.
+        rows: to try it on, see `check_rows`.
         num_layers: attention layers of the model.
         vocab_size: token ids to draw from.
         dtype: of the computation, which decides what rounding may do.
     """
-    rows = _check_rows(vocab_size)
     separate, _ = run(rows, False)
     shared, calls = run(rows, True)
     if calls != num_layers:
@@ -210,12 +237,28 @@ def self_check(
     return None
 
 
-def _check_rows(vocab_size: int) -> list[dict[str, list[int]]]:
+# tokens of a check's prompt that are affordable without and with a GPU
+_LONGEST_CHECK = {False: 512, True: 8192}
+
+
+def check_rows(config: Any, longest: int) -> list[dict[str, list[int]]]:
+    """Random rows for `self_check`. Their prompts go beyond every window of the model, as far as that is affordable:
+    what is wrong there is right in short rows.
+
+    Args:
+        config: of the text model.
+        longest: most tokens of a prompt.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
-        return torch.randint(0, vocab_size, (length,), generator=generator).tolist()
+        return torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
 
-    lengths = ((9, 5, 3, 6), (4, 2, 7, 4))
+    windows = [
+        value + 8
+        for name, value in vars(config).items()
+        if "window" in name and isinstance(value, int) and value + 8 <= longest
+    ]
+    lengths = ((max([72, *windows]), 5, 3, 6), (40, 2, 7, 4))
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
     return [dict(zip(names, map(ids, row), strict=True)) for row in lengths]

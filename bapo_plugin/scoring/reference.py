@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
@@ -28,8 +29,8 @@ from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
 from bapo_plugin.rows.tokens import IDS, RESPONSES
 from bapo_plugin.store import Store
 
+COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats
 _NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")
-COLUMN = "reference_logps"  # [chosen, rejected, base] of a row, nats
 
 
 @contextmanager
@@ -86,8 +87,9 @@ class ReferenceCache:
         self._accelerator = accelerator
         self._model_key = model_key
 
-    def add_to(self, rows: Dataset, batch_size: int, name: str) -> Dataset:
-        """The rows with a column `reference_logps`; rows that have one are taken as they are.
+    def logps_of(self, rows: Dataset, batch_size: int, name: str) -> Tensor:
+        """log π_ref of each row's chosen, rejected and base response, nats, [rows, 3] fp64; rows with a column
+        `reference_logps` bring their own.
 
         Args:
             rows: tokenised rows, the same on every process.
@@ -98,7 +100,7 @@ class ReferenceCache:
             StoreDamaged: the file is damaged; it was set aside.
         """
         if COLUMN in rows.column_names:
-            return rows
+            return torch.tensor(rows[COLUMN][:], dtype=torch.float64)
         logps = torch.full((len(rows), len(RESPONSES)), torch.nan, dtype=torch.float64)
         keys: list[list[str]] = []
         store = None
@@ -128,7 +130,7 @@ class ReferenceCache:
                     )
         if store is not None:
             store.close()
-        return rows.add_column(COLUMN, logps.tolist())
+        return logps
 
     def _passes(
         self, rows: Dataset, missing: list[int], batch_size: int, name: str
@@ -175,12 +177,14 @@ class ReferenceCache:
 
 def weights_key(model: nn.Module, precision: str) -> str:
     """Fingerprint of a reference model as it is loaded: configuration and all weights, quantised ones as they
-    are stored; of adapters only "ref", which TRL keeps where training goes on with one.
+    are stored, sharded ones as far as they are here; of adapters only "ref", which TRL keeps where training goes on
+    with one. The same in every process that loads the same.
 
     Args:
         model: the policy before training, or a reference model of its own.
-        precision: whatever else decides how log-probs are rounded (kernel, autocast, device).
+        precision: whatever else decides how log-probs are rounded (kernel, autocast, device, layout).
     """
+    precision = f"{precision} {_implementations(model)}"
     config = model.config.to_dict() if hasattr(model, "config") else {}
     for name in list(config):  # where it came from, and what only generation reads
         if name in _NOT_WEIGHTS or name.endswith("_token_id"):
@@ -189,7 +193,7 @@ def weights_key(model: nn.Module, precision: str) -> str:
     kept = sorted(
         # names as without an adapter, so that it doesn't matter which modules have one
         (name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor)
         and not any(f".{adapter}." in f"{name}." for adapter in adapters if adapter != "ref")
     )
@@ -197,19 +201,44 @@ def weights_key(model: nn.Module, precision: str) -> str:
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's shard
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         raw = tensor.detach().cpu().contiguous().flatten()
         found.update(raw.view(torch.uint8).numpy() if raw.numel() else b"")
         return found.digest()
 
-    whole = hashlib.sha256(json.dumps([__version__, config, precision], default=str).encode())
+    whole = hashlib.sha256(_canonical([__version__, config, precision]))
     if "ref" in adapters:
-        whole.update(json.dumps(adapters["ref"].to_dict(), default=str, sort_keys=True).encode())
+        whole.update(_canonical(adapters["ref"].to_dict()))
     with ThreadPoolExecutor(
         min(8, os.cpu_count() or 1)
     ) as pool:  # hashing leaves the interpreter free
         for part in pool.map(digest, kept):
             whole.update(part)
     return whole.hexdigest()
+
+
+def _implementations(model: nn.Module) -> str:
+    """Of attention and experts: they are no part of a configuration that is written down, but numbers differ."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    names = ("_attn_implementation", "_experts_implementation")
+    return " ".join(str(getattr(text, name, None)) for name in names)
+
+
+def _canonical(value: Any) -> bytes:
+    """JSON that is the same in every process: a set has another order in each."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(part) for key, part in value.items()}
+        if isinstance(value, set | frozenset):
+            return sorted((plain(part) for part in value), key=str)
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return value
+
+    return json.dumps(plain(value), default=str, sort_keys=True).encode()
 
 
 def _sequence_keys(rows: Dataset, model_key: str) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# our attention's name in transformers -> the model's own below it; "flash" in a name means something there
-_OWN: dict[str, str] = {}
+# implementations of attention that understand packed rows, under their own names, by which transformers looks up
+# masks, kernels and what a name with "flash" in it means
+_UNDERSTOOD: set[str] = set()
+# models whose layers all go through such an implementation
+_INSTALLED: WeakSet[nn.Module] = WeakSet()
 _PACKED = ContextVar("bapo_packed", default=False)
+
+
+class AskedMask(NamedTuple):
+    """What stands in the place of a packed row's mask: the window that the model asked the mask for."""
+
+    window: int | None
 
 
 class Segment(NamedTuple):
@@ -133,6 +143,7 @@ def shared_prefix_attention(
 
     Args:
         query [1, heads, T, D], key, value [1, kv_heads, T, D]: with positions applied.
+        attention_mask: an `AskedMask`, or None.
         sliding_window: how many keys, itself included, a query sees at most.
         softcap: scores become softcap · tanh(score / softcap).
         s_aux: [heads], a logit that takes part in the softmax without a value (attention sink).
@@ -149,6 +160,14 @@ def shared_prefix_attention(
         raise RuntimeError(
             f"{type(module).__name__} asks for {', '.join(unknown) or 'non-causal attention'}"
         )
+    if isinstance(attention_mask, AskedMask):
+        if sliding_window not in (None, attention_mask.window):
+            raise RuntimeError(
+                f"{type(module).__name__} has a window of {sliding_window}, its mask one of {attention_mask.window}"
+            )
+        sliding_window = attention_mask.window
+    elif attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} brings a mask of its own")
     layout = bapo_layout
     layout.calls += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -294,41 +313,52 @@ def install(model: nn.Module) -> None:
         model: a transformers model, or one wrapped by PEFT.
     """
     inner = unwrap_peft(model)
-    own = inner.config._attn_implementation
-    if own in _OWN:
+    _teach(_implementation(inner))
+    _INSTALLED.add(inner)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Packed rows are an error from now on."""
+    _INSTALLED.discard(unwrap_peft(model))
+
+
+def _implementation(model: nn.Module) -> str:
+    return model.config.get_text_config()._attn_implementation
+
+
+def _teach(name: str) -> None:
+    """Put a layer of ours over transformers' implementation of this name."""
+    if name in _UNDERSTOOD:
         return
-    for name, known in _OWN.items():
-        if known == own:
-            inner.set_attn_implementation(name)
-            return
+    own, own_mask = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if kwargs.get("bapo_layout") is not None:
             return shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
         if _PACKED.get():
             raise RuntimeError(f"{type(module).__name__} lost the layout of the packed row")
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+        function = own or _eager_of(module)
         return function(module, query, key, value, attention_mask, **kwargs)
 
-    def mask(*args, **kwargs):
+    def mask(*args, local_size=None, **kwargs):
         # the layout says who sees whom; a [T, T] mask of what stands beside what would be wrong
-        return None if _PACKED.get() else ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs)
+        if _PACKED.get():
+            return AskedMask(local_size)
+        return own_mask(*args, local_size=local_size, **kwargs)
 
-    name = f"bapo_shared_prefix_{len(_OWN)}"
     AttentionInterface.register(name, attention)
-    if own in ALL_MASK_ATTENTION_FUNCTIONS:
+    if own_mask is not None:
         AttentionMaskInterface.register(name, mask)
-    _OWN[name] = own
-    inner.set_attn_implementation(name)
+    _UNDERSTOOD.add(name)
 
 
-def uninstall(model: nn.Module) -> None:
-    """Give the model its own attention back."""
-    inner = unwrap_peft(model)
-    name = inner.config._attn_implementation
-    if name in _OWN:
-        inner.set_attn_implementation(_OWN[name])
+def _eager_of(module: nn.Module) -> Callable:
+    """The plain attention that stands beside the layer's class, where no implementation has a name."""
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise RuntimeError(f"{type(module).__name__} has no eager attention")
 
 
 @contextmanager
@@ -338,7 +368,7 @@ def packed(model: nn.Module, layout: Layout | None):
     Raises:
         RuntimeError: a layout, but `install` wasn't called on the model.
     """
-    if layout is not None and unwrap_peft(model).config._attn_implementation not in _OWN:
+    if layout is not None and unwrap_peft(model) not in _INSTALLED:
         raise RuntimeError(
             f"{type(unwrap_peft(model)).__name__} can't read a packed row: install() its attention first"
         )

@@ -2,6 +2,8 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -39,53 +41,82 @@ def row_metrics(
 
 
 class RowMetrics:
-    """Sums over the rows of all ranks, kept on the device until they are taken."""
+    """Sums over rows, kept on the device until they are taken."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        # mode -> metric -> sum over rows; "rows" counts them
+        # mode ("train" or "eval") -> metric -> sum over rows; "rows" counts them
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
 
     def add(self, mode: str, metrics: dict[str, Tensor]) -> None:
-        """One number per row, [n], of each metric; `mode` is "train" or "eval"."""
+        """One number per row, [n], of each metric: in training those of this process, which count all, as they do in
+        the gradient; in evaluation those of all processes, see `gathered`."""
+        for name, values in metrics.items():
+            self._sums[mode][name] += values.sum()
+        self._sums[mode]["rows"] += len(next(iter(metrics.values())))
+
+    def gathered(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a micro-batch in evaluation, of all processes, without the rows that fill up the last one.
+
+        Args:
+            metrics: one number per row, [n], in the order of the rows, as many on every process.
+        """
         rows = torch.stack([values.float() for values in metrics.values()], dim=1)  # [n, metrics]
-        # In evaluation, rows that fill up a rank's last batch are left out. In training they count,
-        # as they do in the gradient; besides, the loader is a whole optimiser step ahead there, and
-        # `gather_for_metrics` would cut micro-batches that are not the last.
-        accelerator = self._accelerator
-        gather = accelerator.gather if mode == "train" else accelerator.gather_for_metrics
-        rows = gather(rows)
-        for name, total in zip(metrics, rows.sum(0), strict=True):
-            self._sums[mode][name] += total
-        self._sums[mode]["rows"] += len(rows)
+        rows = self._accelerator.gather_for_metrics(rows)
+        return dict(zip(metrics, rows.unbind(1), strict=True))
 
     def take(self, mode: str) -> dict[str, float]:
-        """Means over the rows since the last call."""
+        """Means over the rows since the last call. In training all processes must call it at the same moment."""
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
-        rows = sums.pop("rows", 0)
-        return {name: float(total) / rows for name, total in sums.items()}
+        if not sums:
+            return {}
+        values = [
+            torch.as_tensor(total, device=self._accelerator.device) for total in sums.values()
+        ]
+        totals = torch.stack([value.float() for value in values])
+        if mode == "train":
+            totals = self._accelerator.reduce(totals, "sum")
+        means = dict(zip(sums, totals.tolist(), strict=True))
+        rows = means.pop("rows")
+        return {name: total / rows for name, total in means.items()}
 
 
 class Throughput:
-    """Tokens computed, tokens that are not padding, tokens of separate rows: see `data.collator`."""
+    """Tokens computed, tokens that are not padding, tokens of separate rows (see `scoring.collator`), and the time
+    that training took: without evaluation, saving and what comes before the first step."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._counts: Tensor | None = None
-        self._since = time.perf_counter()
+        self._since: float | None = None
+        self._paused = 0.0
+
+    def start(self) -> None:
+        """A step begins; the first call starts the clock."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside doesn't count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
 
     def add(self, token_counts: Tensor) -> None:
-        """token_counts: of a batch, [1, 3]."""
+        """token_counts: of a batch, [3]."""
         self._counts = token_counts if self._counts is None else self._counts + token_counts
 
     def take(self) -> dict[str, float]:
         """Since the last call, on all ranks; empty where nothing was computed."""
-        if self._counts is None:
+        if self._counts is None or self._since is None:
             return {}
-        counts = self._accelerator.gather(self._counts).view(-1, 3).sum(0).tolist()
+        counts = self._accelerator.reduce(self._counts, "sum").tolist()
         computed, real, separate = counts
         now, self._counts = time.perf_counter(), None
-        seconds, self._since = now - self._since, now
+        seconds, self._since, self._paused = now - self._since - self._paused, now, 0.0
         return {
             "tokens/s": computed / seconds,
             "sharing": 1 - real / separate,

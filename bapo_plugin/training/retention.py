@@ -1,5 +1,7 @@
 """Watches, while training, how much of the model is left, and can stop the run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from bapo_plugin.answers.prompts import Asker, Chat, FormerAnswer, held_out_answ
 from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import disable_gradient_checkpointing
 from bapo_plugin.config import RetentionConfig
-from bapo_plugin.scoring.forward import response_logits
+from bapo_plugin.scoring.forward import response_logits, within
 from bapo_plugin.scoring.reference import evaluating, reference_mode
 from bapo_plugin.scoring.retention import mean_and_error, measure
 
@@ -33,7 +35,7 @@ class RetentionCallback(TrainerCallback):
         config: `bapo.retention`.
 
     Raises:
-        ValueError: there are no held-out rows, the file can't be used, or weights are sharded.
+        ValueError: there are no held-out rows, or the file can't be used.
     """
 
     def __init__(self, trainer: "BAPOTrainer", config: RetentionConfig):
@@ -42,11 +44,6 @@ class RetentionCallback(TrainerCallback):
         self._answers: list[FormerAnswer] | None = None
         self._last_step = -1
         self._chats: list[Chat] | None = None
-        if trainer.is_sharded:
-            raise ValueError(
-                "bapo.retention needs the whole model on each GPU, but FSDP or ZeRO-3 shards its weights; remove "
-                "the block and use `bapo eval` afterwards"
-            )
         if isinstance(config.prompts, str):
             self._chats = read_prompts(config.prompts)
         elif trainer.eval_dataset is None:
@@ -73,8 +70,11 @@ class RetentionCallback(TrainerCallback):
         if state.global_step == self._last_step:
             return
         self._last_step = state.global_step
-        found = self.measure()
+        with self._trainer.throughput.paused(), self._averaged_weights():
+            found = self.measure()
+        should_log = control.should_log  # one log clears it, and the step's own comes after this
         self._trainer.log({f"retention/{name}": value for name, value in found.items()})
+        control.should_log = should_log
         limit = self._config.stop_below
         if limit is not None and not found["drift"] >= limit:  # NaN stops too
             LOG.warning(
@@ -83,18 +83,33 @@ class RetentionCallback(TrainerCallback):
             )
             control.should_training_stop = True
 
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Schedule-free optimisers keep the weights that count beside those that are trained."""
+        optimizer = self._trainer.optimizer
+        if not callable(getattr(optimizer, "eval", None)):
+            yield
+            return
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+
     def measure(self) -> dict[str, float]:
         """Means over all prompts, the same on every process."""
         trainer = self._trainer
         accelerator = trainer.accelerator
-        policy = accelerator.unwrap_model(trainer.model)
-        other = trainer.ref_model
+        # as they are called, and the models inside
+        outer = trainer.model_wrapped if trainer.is_sharded else trainer.model
+        policy = accelerator.unwrap_model(outer)
+        other = outer if trainer.ref_model is None else trainer.ref_model
         checkpointing = trainer.args.gradient_checkpointing_kwargs
 
         def reference(batch: dict[str, Tensor]) -> Tensor:
-            model = policy if other is None else accelerator.unwrap_model(other)
+            model = accelerator.unwrap_model(other)
             with accelerator.autocast(), evaluating(model), reference_mode(model, checkpointing):
-                return response_logits(model, batch)
+                return response_logits(other, batch, model)
 
         def current(batch: dict[str, Tensor]) -> Tensor:
             with (
@@ -102,11 +117,13 @@ class RetentionCallback(TrainerCallback):
                 evaluating(policy),
                 disable_gradient_checkpointing(policy, checkpointing),
             ):
-                return response_logits(policy, batch)
+                return response_logits(outer, batch, policy)
 
         if self._answers is None:
-            self._answers = self._former_answers(policy if other is None else other)
+            self._answers = self._former_answers(other)
         rank, world = accelerator.process_index, accelerator.num_processes
+        if trainer.is_sharded:  # every call needs all processes: all measure all of it
+            rank, world = 0, 1
         share = self._answers[rank::world]
         found = {"drift": [], "drift_per_token": [], "agreement": [], "kl": []}
         if share:
@@ -142,7 +159,7 @@ class RetentionCallback(TrainerCallback):
             unit="prompt",
             disable=not trainer.accelerator.is_main_process,
         )
-        model = trainer.accelerator.unwrap_model(model)
+        outer, model = model, trainer.accelerator.unwrap_model(model)
         now = getattr(trainer.args, "bapo_now", None)
         asker = Asker(
             model,
@@ -157,4 +174,9 @@ class RetentionCallback(TrainerCallback):
             evaluating(model),
             reference_mode(model, checkpointing),
         ):
-            return asker.ask(self._chats, self._config.max_new_tokens, bar.update)
+            return within(
+                outer,
+                model,
+                lambda: asker.ask(self._chats, self._config.max_new_tokens, bar.update),
+                {},
+            )

@@ -10,39 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.answers.stops import named_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.loss import ResponseLogps, bapo_loss
-from bapo_plugin.rows.ends import StopTexts
-from bapo_plugin.rows.table import Faults, finish
-from bapo_plugin.rows.texts import TextRows
-from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
-from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, logps_of, num_rows
+from bapo_plugin.rows.tokens import IDS
+from bapo_plugin.scoring.collator import ROW, PaddedCollator, SharedPrefixCollator, num_rows
 from bapo_plugin.scoring.forward import ResponseForward
-from bapo_plugin.scoring.layouts import choose_collator
-from bapo_plugin.scoring.reference import (
-    COLUMN,
-    ReferenceCache,
-    evaluating,
-    reference_mode,
-    weights_key,
-)
+from bapo_plugin.scoring.layouts import LateCollator, choose_collator, compute_dtype
 from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
+from bapo_plugin.training.packs import collecting_gradients, equal_passes, packs_of
+from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
 from bapo_plugin.training.retention import RetentionCallback
+from bapo_plugin.training.rows import tokenized
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -126,11 +117,22 @@ class BAPOTrainer(AxolotlDPOTrainer):
                     adapters.disable_functional_dropout(module)
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        self._forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
-        self.data_collator = self._choose_layout()
-        self._cache_dir = cache_dir or getattr(self.args, "bapo_cache_dir", None)
-        self._reference_cache: ReferenceCache | None = None
-        self._precompute = self._decide_precompute()
+        self.response_forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
+        if self.is_sharded and self.bapo.shared_prefix != "off":
+            self.data_collator = LateCollator(
+                self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            )
+            self.add_callback(_WhenSharded(self))
+        else:
+            self.data_collator = self._choose_layout()
+        self.reference = Reference(self, cache_dir or getattr(self.args, "bapo_cache_dir", None))
+        # a policy that isn't the reference by intention: an adapter goes on, a model of the user's own is given
+        self.starts_equal = (
+            reference == "start"
+            if is_peft_model(self.model)
+            else getattr(self.args, "bapo", None) is not None
+        )
+        self._is_checked = False
         self.row_metrics = RowMetrics(self.accelerator)
         self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
@@ -143,60 +145,39 @@ class BAPOTrainer(AxolotlDPOTrainer):
         """Whether no process has the whole model (FSDP, ZeRO-3)."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
+    @property
+    def is_fsdp1(self) -> bool:
+        return self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether log-probs are rounded as 16 bits are."""
+        dtype = compute_dtype(self.model, self.accelerator.mixed_precision)
+        return dtype not in (torch.float32, torch.float64)
+
     # ---------------------------------------------------------------- rows
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name) -> Dataset:
-        """Tokenise rendered text; rows that hold token ids already pass through.
-
-        Raises:
-            ValueError: rows without a base response or otherwise unusable, all in one message.
-        """
-        columns = dataset.column_names or []
-        if all(name in columns for name in IDS):
-            return dataset
-        missing = [name for name in TEXTS if name not in columns]
-        if missing:
-            raise ValueError(
-                f"the {dataset_name} data set lacks the columns {', '.join(missing)} (it has "
-                f"{', '.join(columns)}); BAPO needs prompt, chosen, rejected and base as text, or {', '.join(IDS)}"
-            )
-        limit = args.max_length or 2**31
-        name = f"the {dataset_name} data set"
-        tokenizer = self._tokenizer
-        with PartialState().main_process_first():
-            rows = dataset.map(
-                prepare_batch,
-                batched=True,
-                batch_size=256,
-                with_indices=True,
-                fn_kwargs={
-                    "read": TextRows(StopTexts(tokenizer, named_stops(tokenizer, None))),
-                    "encode": Encoder(tokenizer, from_template=False),
-                    "sequence_len": limit,
-                    "strategy": "truncate",
-                },
-                remove_columns=columns,
-                features=FEATURES,
-                desc=f"Tokenizing {dataset_name} dataset",
-            )
-        faults = Faults(Path(args.output_dir), "error")
-        rows = faults.take(name, rows, len(rows))
-        faults.settle(write=False)
-        return finish(rows, name, limit, "truncate", "keep")
+        return tokenized(dataset, self._tokenizer, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*IDS, COLUMN]
+            self._signature_columns = [*IDS, ROW]
 
-    def _choose_layout(self) -> PaddedCollator | SharedPrefixCollator:
+    def _choose_layout(
+        self, model: nn.Module | None = None
+    ) -> PaddedCollator | SharedPrefixCollator:
+        """Where weights are sharded, `model` is the policy as it is called."""
         reason = None
-        if self.is_sharded:
-            reason = "with FSDP or ZeRO-3 it can't be tried out before weights are sharded"
+        if self.is_fsdp1:
+            reason = "with FSDP 1 it can't be tried out; set fsdp_version: 2"
         elif self.aux_loss_enabled:
             reason = "the router's auxiliary loss would count a prompt once instead of three times"
+        unwrap = self.accelerator.unwrap_model
+        models = [self.model if model is None else model, self.ref_model]
         return choose_collator(
-            [model for model in (self.model, self.ref_model) if model is not None],
-            self._forward,
+            [(model, unwrap(model)) for model in models if model is not None],
+            self.response_forward,
             wanted=self.bapo.shared_prefix,
             tokens_per_batch=self.bapo.tokens_per_batch,
             pad_token_id=self.processing_class.pad_token_id,
@@ -205,73 +186,42 @@ class BAPOTrainer(AxolotlDPOTrainer):
             autocast=self.accelerator.autocast,
             checkpointing=self.args.gradient_checkpointing_kwargs,
             refused=reason,
+            device=self.accelerator.device if self.is_sharded else None,
+            agree=self._first_reason,
         )
 
-    # ---------------------------------------------------------------- reference
+    def _first_reason(self, reason: str | None) -> str | None:
+        if self.accelerator.num_processes == 1 or not self.is_sharded:
+            return reason
+        return next(filter(None, gather_object([reason or ""])), None)
 
-    def _decide_precompute(self) -> bool:
-        """Whether log π_ref is computed before training."""
-        wanted = self.bapo.precompute_ref_log_probs
-        if self.is_sharded and wanted:
-            raise ValueError(
-                "precompute_ref_log_probs: true needs the whole model on each GPU, but FSDP or ZeRO-3 shards its "
-                "weights; remove the line"
-            )
-        if wanted is None:
-            wanted = is_peft_model(self.model) and not self.is_sharded
-        LOG.info(
-            "log-probs of the reference are computed "
-            + ("once, before training" if wanted else "in each step")
-        )
-        return wanted
+    def when_sharded(self) -> None:
+        """What needs the model's weights and can't be done before they are sharded: after that, before the first
+        batch."""
+        self.data_collator.chosen = self._choose_layout(self.model_wrapped)
+        self._tell_what_sharing_saves()
+        self.reference.fill(self.model_wrapped)
 
-    def _with_reference(self, rows: Any, name: str) -> Any:
-        """The rows with log π_ref of their responses, where it is precomputed."""
-        if not self._precompute or rows is None:
-            return rows
-        if isinstance(rows, dict):
-            return {key: self._with_reference(part, f"{name} {key}") for key, part in rows.items()}
-        if self._reference_cache is None:
-            self._reference_cache = self._make_reference_cache()
-        return self._reference_cache.add_to(rows, self.args.per_device_eval_batch_size, name)
-
-    def _make_reference_cache(self) -> ReferenceCache:
-        model = self.ref_model or self.model
-        if self.state.global_step and self.ref_model is None and not is_peft_model(model):
-            raise RuntimeError("the reference is no longer there: the model has been trained")
-        if (
-            next(model.parameters()).device.type == "cpu"
-        ):  # DeepSpeed moves it only when training begins
-            model.to(self.args.device)
-        device = self.args.device.type
-        precision = f"{device} {self.accelerator.mixed_precision} {self.bapo.kernel}"
-        folder = self._cache_dir
-
-        def compute(batch: dict[str, Tensor]) -> Tensor:
-            unwrapped = self.accelerator.unwrap_model(model)
-            with self.accelerator.autocast(), evaluating(unwrapped):
-                return self._reference_logps(unwrapped, unwrapped, batch)
-
-        return ReferenceCache(
-            Path(folder) / "bapo-reference.sqlite" if folder else None,
-            compute,
-            getattr(self.data_collator, "pack", self.data_collator),
-            self.accelerator,
-            weights_key(self.accelerator.unwrap_model(model), precision) if folder else "",
-        )
+    def collate(self, rows: list[dict]) -> dict[str, Any]:
+        """Rows as one batch of the layout, however many tokens they have."""
+        layout = getattr(self.data_collator, "chosen", self.data_collator)
+        return getattr(layout, "pack", layout)(rows)
 
     def get_train_dataloader(self) -> Any:
-        self.train_dataset = self._with_reference(self.train_dataset, "training")
+        self.train_dataset = self.reference.number(self.train_dataset, "training")
         if self.args.eval_strategy != "no":
-            self.eval_dataset = self._with_reference(self.eval_dataset, "evaluation")
-        self._tell_what_sharing_saves()
+            self.eval_dataset = self.reference.number(self.eval_dataset, "evaluation")
+        if not self.is_sharded:
+            self.reference.fill()
+            self._tell_what_sharing_saves()
         return super().get_train_dataloader()
 
     def _tell_what_sharing_saves(self) -> None:
-        if isinstance(self.data_collator, SharedPrefixCollator):
+        layout = getattr(self.data_collator, "chosen", self.data_collator)
+        if isinstance(layout, SharedPrefixCollator):
             n = min(self.args.per_device_train_batch_size, len(self.train_dataset))
             rows = [self.train_dataset[i] for i in range(n)]
-            shared = self.data_collator.pack(rows)["token_counts"][0]
+            shared = layout.pack(rows)["token_counts"][0]
             padded = PaddedCollator(0)(rows)["token_counts"][0]
             LOG.info(
                 f"shared prefix: {shared:,} tokens instead of {padded:,} for the first {n} rows"
@@ -279,9 +229,11 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is None or isinstance(eval_dataset, str):
-            self.eval_dataset = self._with_reference(self.eval_dataset, "evaluation")
+            self.eval_dataset = self.reference.number(self.eval_dataset, "evaluation")
         else:
-            eval_dataset = self._with_reference(eval_dataset, "evaluation")
+            eval_dataset = self.reference.number(eval_dataset, "evaluation")
+        if not self.is_sharded:
+            self.reference.fill()
         return super().get_eval_dataloader(eval_dataset)
 
     # ---------------------------------------------------------------- loss
@@ -290,10 +242,19 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As transformers', one pack after another where `tokens_per_batch` has split the micro-batch."""
-        *first, last = inputs.get("packs", [inputs])
+        self.throughput.start()
+        packs = packs_of(inputs)
+        if not self._is_checked:
+            self._is_checked = True
+            with self.throughput.paused():
+                first = self._prepare_inputs(packs[0])
+                self.reference.check(
+                    model, first, self.starts_equal and self.state.global_step == 0
+                )
+        *others, last = packs
         loss = 0.0
-        for pack in first:
-            with self.accelerator.no_sync(model):  # gradients are exchanged once, with the last
+        for pack in others:
+            with collecting_gradients(self.accelerator, model):
                 loss += super().training_step(model, pack, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
@@ -312,15 +273,16 @@ class BAPOTrainer(AxolotlDPOTrainer):
         """
         n = num_rows(inputs)
         # the mean over the step, as this rank's share: ranks are averaged, micro-batches added up
-        share = 1.0
-        if num_items_in_batch is not None:
+        share = 0.0 if inputs.get("is_repeated") else 1.0
+        if share and num_items_in_batch is not None:
             share = n / num_items_in_batch * self.accelerator.num_processes
 
         model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
         unwrapped = self.accelerator.unwrap_model(model)
-        policy = self._forward(model, unwrapped, inputs, **model_kwargs)
+        policy = self.response_forward(model, unwrapped, inputs, **model_kwargs)
         policy_logps = ResponseLogps(*policy.logps.view(3, n))
-        reference_logps = ResponseLogps(*self._reference_logps(model, unwrapped, inputs).view(3, n))
+        reference_logps = self.reference.logps(model, unwrapped, inputs)
+        reference_logps = ResponseLogps(*reference_logps.view(3, n))
         num_tokens = ResponseLogps(*inputs["cu_seqlens"].diff().view(3, n))
         out = bapo_loss(
             policy_logps,
@@ -342,26 +304,11 @@ class BAPOTrainer(AxolotlDPOTrainer):
             loss = loss + aux
             metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
-        mode = "train" if self.model.training else "eval"
-        self.row_metrics.add(mode, metrics)
-        if mode == "train":
+        if self.model.training and not inputs.get("is_repeated"):
+            self.row_metrics.add("train", metrics)
             self.throughput.add(inputs["token_counts"])
         loss = loss * share
-        return (loss, {"logps": policy.logps}) if return_outputs else loss
-
-    def _reference_logps(self, model: nn.Module, unwrapped: nn.Module, inputs: dict) -> Tensor:
-        """log π_ref of the batch's 3n sequences, nats, without gradient."""
-        if (known := logps_of(inputs)) is not None:
-            return known
-        if self.ref_model is not None:
-            model, unwrapped = self.ref_model, self.accelerator.unwrap_model(self.ref_model)
-        elif not is_peft_model(unwrapped):
-            raise RuntimeError(
-                "no reference: the model has no adapter and no reference model was given"
-            )
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        with evaluating(unwrapped), reference_mode(unwrapped, checkpointing):
-            return self._forward(model, unwrapped, inputs).logps
+        return (loss, {"logps": policy.logps, "metrics": metrics}) if return_outputs else loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -373,8 +320,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         With it the gradient is the mean over rows whatever the sizes of the micro-batches are; TRL
         takes the mean of their means, in which a row of a small last micro-batch weighs more.
         """
-        rows = torch.tensor([sum(num_rows(batch) for batch in batch_samples)], device=device)
-        return self.accelerator.gather(rows).sum() if len(batch_samples) else None
+        if not batch_samples:
+            return None
+        rows = torch.tensor([sum(map(num_rows, batch_samples))], device=device)
+        if self.bapo.tokens_per_batch:
+            equal_passes(batch_samples, self.accelerator)
+        return self.accelerator.gather(rows).sum()
 
     # ---------------------------------------------------------------- metrics
 
@@ -385,16 +336,39 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         self.row_metrics.take("eval")  # an evaluation that was interrupted
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.throughput.paused():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.row_metrics.take("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in metrics.items()})
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self.reference.fill(model)  # where weights are sharded it couldn't be done before
         inputs = self._prepare_inputs(inputs)
-        loss = 0.0
+        if self.bapo.tokens_per_batch:
+            equal_passes([inputs], self.accelerator)
+        parts = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for pack in inputs.get("packs", [inputs]):
-                share = num_rows(pack) / num_rows(inputs)
-                loss += share * self.compute_loss(model, pack).detach()
-        return loss, None, None
+            for pack in packs_of(inputs):
+                _, out = self.compute_loss(model, pack, return_outputs=True)
+                if not pack.get("is_repeated"):
+                    parts.append(out["metrics"])
+        metrics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if "order" in inputs:
+            back = inputs["order"].argsort()
+            metrics = {name: values[back] for name, values in metrics.items()}
+        metrics = self.row_metrics.gathered(metrics)
+        self.row_metrics.add("eval", metrics)
+        return metrics["loss"].mean(), None, None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.throughput.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+
+class _WhenSharded(TrainerCallback):
+    def __init__(self, trainer: BAPOTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.when_sharded()

@@ -1,4 +1,7 @@
-"""Started by test_distributed.py in one or two processes: train, evaluate, write what was logged."""
+"""Started by test_distributed.py in one or two processes: train, evaluate, write what was logged.
+
+ddp_script.py FOLDER '{"kind": "zero2", "batch": 1, ...}': settings are those of `main`.
+"""
 
 import json
 import os
@@ -12,9 +15,15 @@ os.environ |= {
 }
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import bapo_trainer
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from helpers import bapo_trainer, lora_model, randomize_lora
 from safetensors.torch import load_file
 from tiny import make_rows
+from transformers import TrainerCallback
+
+from bapo_plugin.scoring.collator import SharedPrefixCollator
 
 # Nothing stays gathered for longer than its module runs: a weight that is used too late is empty.
 ZERO3 = {
@@ -32,30 +41,94 @@ ZERO3 = {
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def main(folder: Path, batch: int, accumulation: int, zero3: bool) -> None:
-    deepspeed = {**ZERO3, **dict.fromkeys((*AUTO, "gradient_clipping"), "auto")}
+def settings_of(kind: str) -> dict:
+    """Arguments of the trainer; FSDP also reads the environment."""
+    if kind == "fsdp2":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        start = PartialState.__init__
+
+        def pretend(self, *args, **kwargs):  # accelerate shards where it sees GPUs only
+            start(self, *args, **kwargs)
+            if self._shared_state["distributed_type"] != DistributedType.FSDP:
+                self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+        PartialState.__init__ = pretend
+        layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        layers["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
+        fsdp = {"fsdp_version": 2, "reshard_after_forward": True, **layers}
+        return {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {**fsdp, "state_dict_type": "FULL_STATE_DICT"},
+        }
+    if kind.startswith("zero"):
+        stage = int(kind[-1])
+        config = ZERO3 if stage == 3 else {**ZERO3, "zero_optimization": {"stage": stage}}
+        return {"deepspeed": {**config, **dict.fromkeys((*AUTO, "gradient_clipping"), "auto")}}
+    return {}
+
+
+class Steps(TrainerCallback):
+    """How often the optimiser stepped, and a death at a step."""
+
+    def __init__(self, die_at: int | None):
+        self.count, self._die_at = 0, die_at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self._die_at:
+            os._exit(9)
+
+
+def main(
+    folder: Path,
+    kind: str = "ddp",
+    batch: int = 4,
+    accumulation: int = 1,
+    rows: int = 16,
+    tokens: int | None = None,
+    continued: bool = False,
+    retention: str | int | None = None,
+    resume: bool = False,
+    die_at: int | None = None,
+    die_on: int = 0,
+) -> None:
+    bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
+    if retention is not None:
+        bapo["retention"] = {"prompts": retention, "every": 2, "max_new_tokens": 5}
+    model = None
+    if continued:  # an adapter that has learned something goes on; its copy is the reference
+        torch.manual_seed(7)
+        model = lora_model()
+        randomize_lora(model, std=0.1)
     trainer = bapo_trainer(
         folder,
-        rows=make_rows(16),
+        model=model,
+        rows=make_rows(rows),
         eval_rows=make_rows(7, seed=1),  # an uneven last batch: one rank repeats a row
-        bapo={"anchor_weight": 1.0},
+        bapo=bapo,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         ddp_backend="gloo",
-        cache_dir=folder,
-        **({"deepspeed": deepspeed} if zero3 else {}),
+        cache_dir=folder / "cache",
+        save_strategy="steps",
+        save_steps=1,
+        **settings_of(kind),
     )
-    assert trainer.is_sharded == zero3
-    trainer.train()
+    steps = Steps(die_at if int(os.environ.get("RANK", 0)) == die_on else None)
+    trainer.add_callback(steps)
+    assert trainer.is_sharded == (kind in ("zero3", "fsdp2"))
+    trainer.train(resume_from_checkpoint=resume or None)
+    layout = getattr(trainer.data_collator, "chosen", trainer.data_collator)
+    assert type(layout) is SharedPrefixCollator and trainer.reference.precomputed
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         weights = load_file(folder / "out" / "adapter_model.safetensors")
-        weights = {name: weight.sum().item() for name, weight in weights.items()}
+        weights = {name: weight.tolist() for name, weight in weights.items()}
         result = {"log": trainer.state.log_history, "eval": metrics, "weights": weights}
+        result["steps"] = trainer.state.global_step
         (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["zero3"])
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

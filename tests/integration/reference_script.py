@@ -15,18 +15,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import bapo_trainer
 from tiny import make_rows
 
-from bapo_plugin import BAPOTrainer
+from bapo_plugin.training.reference import Reference
 
 
 def main(folder: Path, pause: float) -> None:
-    compute, calls = BAPOTrainer._reference_logps, []
+    compute, calls = Reference.live, []
 
     def slow(self, *args):
         calls.append(1)
         time.sleep(pause)
         return compute(self, *args)
 
-    BAPOTrainer._reference_logps = slow
+    Reference.live = slow
     trainer = bapo_trainer(
         folder, rows=make_rows(40), cache_dir=folder, per_device_eval_batch_size=2
     )

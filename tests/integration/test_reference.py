@@ -22,9 +22,9 @@ from helpers import (
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.scoring.collator import logps_of
-from bapo_plugin.scoring.reference import COLUMN
+from bapo_plugin.scoring.collator import num_rows
 from bapo_plugin.store import StoreDamaged
+from bapo_plugin.training.reference import Reference
 
 SCRIPT = Path(__file__).with_name("reference_script.py")
 
@@ -33,15 +33,36 @@ SCRIPT = Path(__file__).with_name("reference_script.py")
 def passes(monkeypatch):
     """Rows of each batch that the reference was computed for."""
     sizes = []
-    original = BAPOTrainer._reference_logps
+    original, make = Reference.live, Reference._make_cache
 
-    def counted(self, model, unwrapped, inputs):
-        if logps_of(inputs) is None:
-            sizes.append((inputs["cu_seqlens"].numel() - 1) // 3)
-        return original(self, model, unwrapped, inputs)
+    def counted(self, policy):
+        cache = make(self, policy)
+        compute = cache._compute
 
-    monkeypatch.setattr(BAPOTrainer, "_reference_logps", counted)
+        def count(batch):
+            sizes.append(num_rows(batch))
+            return compute(batch)
+
+        cache._compute = count
+        return cache
+
+    def in_step(self, model, unwrapped, batch):
+        if not self.precomputed:
+            sizes.append(num_rows(batch))
+        return original(self, model, unwrapped, batch)
+
+    monkeypatch.setattr(Reference, "_make_cache", counted)
+    monkeypatch.setattr(Reference, "live", in_step)
+    monkeypatch.setattr(Reference, "check", lambda *args: None)
     return sizes
+
+
+def cached_logps(trainer):
+    """Of all rows, [n, 3]."""
+    trainer.get_train_dataloader()
+    rows = list(trainer.train_dataset)
+    known = trainer.reference.known(trainer.collate(rows))
+    return known.view(3, len(rows)).T
 
 
 def trainer_for(tmp_path, rows=None, **changes):
@@ -52,12 +73,14 @@ def trainer_for(tmp_path, rows=None, **changes):
 def test_cached_is_live_in_fp32(tmp_path, family):
     trainer = trainer_for(tmp_path, make_rows(9), model=lora_model(family))
     randomize_lora(trainer.model, std=0.1)
-    cached = trainer._with_reference(trainer.train_dataset, "test")
+    cached = cached_logps(trainer)
     for indices in ([0], [1, 2, 3, 4], [5, 6, 7, 8]):
-        live = trainer._reference_logps(trainer.model, trainer.model, batch_of(trainer, indices))
-        found = torch.tensor([cached[i][COLUMN] for i in indices]).T.reshape(-1)
+        live = trainer.reference.live(trainer.model, trainer.model, batch_of(trainer, indices))
+        found = cached[indices].T.reshape(-1)
         torch.testing.assert_close(found, live, rtol=1e-6, atol=1e-5)
-        policy = trainer._forward(trainer.model, trainer.model, batch_of(trainer, indices)).logps
+        policy = trainer.response_forward(
+            trainer.model, trainer.model, batch_of(trainer, indices)
+        ).logps
         assert (policy - live).abs().max() > 0.01, "policy and reference are the same"
 
 
@@ -75,16 +98,16 @@ def test_cached_is_live_in_bf16(tmp_path, smollm2):
         peft_config=fresh_lora(),
         bapo=BAPOConfig(),
     )
-    cached = trainer._with_reference(trainer.train_dataset, "test")
-    rows = list(cached)
+    cached = cached_logps(trainer)
+    rows = list(trainer.train_dataset)
     length = [
         max(len(r["prompt_ids"]) + len(r[f"{n}_ids"]) for n in ("chosen", "rejected", "base"))
         for r in rows
     ]
     order = sorted(range(8), key=lambda i: (-length[i], i))
     for indices in (order[:4], order[4:]):
-        live = trainer._reference_logps(trainer.model, trainer.model, batch_of(trainer, indices))
-        found = torch.tensor([rows[i][COLUMN] for i in indices]).T.reshape(-1)
+        live = trainer.reference.live(trainer.model, trainer.model, batch_of(trainer, indices))
+        found = cached[indices].T.reshape(-1)
         torch.testing.assert_close(found, live, rtol=0, atol=1e-3)
 
 
@@ -129,8 +152,7 @@ def test_found_again_where_only_training_differs(tmp_path, passes):
     fresh = trainer_for(tmp_path / "other", rows)
     fresh.get_train_dataloader()
     assert [row["chosen_ids"] for row in first] == trainer.train_dataset["chosen_ids"]
-    for row, other in zip(trainer.train_dataset, fresh.train_dataset, strict=True):
-        assert row[COLUMN] == pytest.approx(other[COLUMN], abs=1e-4)
+    torch.testing.assert_close(cached_logps(trainer), cached_logps(fresh), rtol=0, atol=1e-4)
 
 
 def test_another_model_or_start_is_computed_anew(tmp_path, passes):
@@ -199,9 +221,8 @@ def test_full_fine_tuning_computes_in_the_step_unless_asked(tmp_path):
 
     live, asked = trainer(), trainer(precompute_ref_log_probs=True)
     live.train()
-    assert COLUMN not in live.train_dataset.column_names
     asked.train()
-    assert COLUMN in asked.train_dataset.column_names
+    assert asked.reference.precomputed and not live.reference.precomputed
     for key in ("loss", "drift/base"):
         values = [t.state.log_history[0][key] for t in (live, asked)]
         assert values[0] == pytest.approx(values[1], abs=1e-4)

@@ -22,7 +22,7 @@ from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.scoring import shared_prefix
 from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator, split_by_tokens
 from bapo_plugin.scoring.forward import ResponseForward
-from bapo_plugin.scoring.layouts import refusal, self_check
+from bapo_plugin.scoring.layouts import check_rows, refusal, self_check
 from bapo_plugin.scoring.shared_prefix import Layout, Segment, install, uninstall
 
 NAMES = ("chosen", "rejected", "base")
@@ -237,7 +237,9 @@ def check(model):
 
     config = model.config.get_text_config()
     dtype = next(model.parameters()).dtype
-    return self_check(run, config.num_hidden_layers, config.vocab_size, dtype)
+    return self_check(
+        run, check_rows(config, 512), config.num_hidden_layers, config.vocab_size, dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -469,8 +471,8 @@ def test_packs_are_full(tmp_path):
         for n in (50, 7, 27, 37, 17, 60, 3)
     ]
     packs = split_by_tokens(rows, 64)
-    sizes = [sum(len(row["prompt_ids"]) + 3 for row in pack) for pack in packs]
-    assert sorted(map(id, (row for pack in packs for row in pack))) == sorted(map(id, rows))
+    sizes = [sum(len(rows[i]["prompt_ids"]) + 3 for i in pack) for pack in packs]
+    assert sorted(i for pack in packs for i in pack) == list(range(len(rows)))
     assert max(sizes) <= 64 and len(packs) == 4
 
 
@@ -538,7 +540,7 @@ def test_a_reference_model_of_its_own_shares_too(tmp_path):
     )
     batch = batch_of(trainer)
     expected = separate_logps(copy.deepcopy(trainer.ref_model), list(trainer.train_dataset))
-    found = trainer._reference_logps(trainer.model, trainer.model, batch)
+    found = trainer.reference.live(trainer.model, trainer.model, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
@@ -571,7 +573,7 @@ def test_smollm2(smollm2, tmp_path, kind):
     for name, collator in (("shared", trainer.data_collator), ("padded", PaddedCollator(0))):
         model.train()
         model.zero_grad()
-        logps = trainer._forward(model, model, collator(rows)).logps
+        logps = trainer.response_forward(model, model, collator(rows)).logps
         backward_of = (logps * torch.linspace(-1, 1, 9)).sum()
         backward_of.backward()
         results[name] = logps.detach(), gradients(model)

@@ -36,6 +36,7 @@ def trl_trainer(tmp_path, model, rows, cls=DPOTrainer, **changes):
 def drifted(trainer):
     """Move the policy away from its reference, the same way in every trainer."""
     randomize_lora(trainer.model, std=0.05)
+    trainer.starts_equal = False
     trainer.model.train()
     return trainer
 
@@ -134,10 +135,12 @@ def test_reference_base_measures_a_given_adapter_against_the_model_without(tmp_p
     randomize_lora(model, std=0.1)
     trainer = bapo_trainer(tmp_path, model, bapo={"reference": "base"})
     batch = batch_of(trainer)
-    reference = trainer._reference_logps(trainer.model, trainer.model, batch)
+    reference = trainer.reference.live(trainer.model, trainer.model, batch)
     base = make_model(vocab_size=len(make_tokenizer()))
     install(base)
-    torch.testing.assert_close(reference, trainer._forward(base, base, batch).logps.detach())
+    torch.testing.assert_close(
+        reference, trainer.response_forward(base, base, batch).logps.detach()
+    )
     assert "ref" not in trainer.model.peft_config
 
 
@@ -208,14 +211,17 @@ def test_metrics_are_means_over_rows(tmp_path):
     """Batches of 4 and 3: every metric equals the mean over the 7 rows taken one by one."""
     trainer = drifted(bapo_trainer(tmp_path, rows=make_rows(7), bapo={"anchor_weight": 0.5}))
     trainer.model.eval()
-    with torch.no_grad():
-        for indices in ([0, 1, 2, 3], [4, 5, 6]):
-            trainer.compute_loss(trainer.model, batch_of(trainer, indices))
-        together = trainer.row_metrics.take("eval")
-        single = []
-        for i in range(7):
-            trainer.compute_loss(trainer.model, batch_of(trainer, [i]))
-            single.append(trainer.row_metrics.take("eval"))
+
+    def measure(indices):
+        trainer.prediction_step(trainer.model, batch_of(trainer, indices), True)
+
+    for indices in ([0, 1, 2, 3], [4, 5, 6]):
+        measure(indices)
+    together = trainer.row_metrics.take("eval")
+    single = []
+    for i in range(7):
+        measure([i])
+        single.append(trainer.row_metrics.take("eval"))
     assert len(together) == 14
     for key, value in together.items():
         assert value == pytest.approx(sum(s[key] for s in single) / 7, abs=1e-4), key
@@ -299,7 +305,7 @@ def test_moe_router_loss_is_added_as_trl_does(tmp_path):
     aux_true = theirs.model(
         **{k: true[k] for k in ("input_ids", "attention_mask")}, output_router_logits=True
     )
-    aux_mine = ours._forward(ours.model, ours.model, mine, output_router_logits=True)
+    aux_mine = ours.response_forward(ours.model, ours.model, mine, output_router_logits=True)
     assert aux_mine.aux_loss.item() == pytest.approx(aux_true.aux_loss.item(), rel=1e-4)
     whole = ours.compute_loss(ours.model, batch_of(ours))
     metrics = ours.row_metrics.take("train")
@@ -351,7 +357,7 @@ def test_triton_without_a_gpu_is_refused(tmp_path):
         ValueError, match="bapo.kernel: triton needs an NVIDIA GPU.*set bapo.kernel: auto"
     ):
         bapo_trainer(tmp_path, bapo={"kernel": "triton"})
-    assert bapo_trainer(tmp_path, bapo={"kernel": "torch"})._forward._backend == "torch"
+    assert bapo_trainer(tmp_path, bapo={"kernel": "torch"}).response_forward._backend == "torch"
 
 
 def test_rows_without_base_are_refused(tmp_path):
@@ -370,10 +376,12 @@ def test_fresh_adapter_reference_is_the_base_model(tmp_path):
     batch = batch_of(trainer)
     model = make_model(vocab_size=len(make_tokenizer()))
     install(model)
-    base = trainer._forward(model, model, batch).logps
-    reference = trainer._reference_logps(trainer.model, trainer.model, batch)
+    base = trainer.response_forward(model, model, batch).logps
+    reference = trainer.reference.live(trainer.model, trainer.model, batch)
     torch.testing.assert_close(reference, base.detach())
-    assert (trainer._forward(trainer.model, trainer.model, batch).logps - base).abs().max() > 0.05
+    assert (
+        trainer.response_forward(trainer.model, trainer.model, batch).logps - base
+    ).abs().max() > 0.05
     assert fresh_lora().r == 4
 
 

@@ -1,17 +1,16 @@
 """Tokens, checks and the length policy of one row."""
 
 import pytest
-import torch
 from tiny import make_tokenizer
 
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.texts import tokenize_row
 from bapo_plugin.rows.tokens import fit_length
+from bapo_plugin.scoring.collator import ROW as NUMBER
 from bapo_plugin.scoring.collator import (
     PaddedCollator,
     SharedPrefixCollator,
-    logps_of,
     num_rows,
 )
 
@@ -182,19 +181,10 @@ def torch_equal(a, b):
 
 
 @pytest.mark.parametrize("collator", [PaddedCollator(0), SharedPrefixCollator()])
-def test_reference_log_probs_survive_a_cast_of_every_float(collator):
-    """DeepSpeed's data type is given to all floats of a batch on their way into the step."""
-    logps = [[-359.1234, -1.5, -1234.5678], [-0.25, -77.7, -3.3]]
-    rows = [ids(2, 1, 1, 1) | {"reference_logps": values} for values in logps]
-    batch = {
-        key: value.to(torch.bfloat16)
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-        else value
-        for key, value in collator(rows).items()
-    }
-    expected = torch.tensor(logps, dtype=torch.float32).T.reshape(-1)
-    assert torch.equal(logps_of(batch), expected)
-    assert logps_of(collator([ids(2, 1, 1, 1)])) is None
+def test_row_numbers_come_along(collator):
+    rows = [ids(2, 1, 1, 1) | {NUMBER: 2**24 + 1}, ids(1, 2, 1, 1) | {NUMBER: 5}]
+    assert collator(rows)[NUMBER].tolist() == [2**24 + 1, 5]
+    assert NUMBER not in collator([ids(2, 1, 1, 1)])
 
 
 def test_collator_docstring():

@@ -1,0 +1,241 @@
+"""The reference in training: every row has a number, and log π_ref is looked up by it or computed in the step."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from torch import Tensor, nn
+
+from bapo_plugin.rows.tokens import RESPONSES
+from bapo_plugin.scoring.collator import ROW, num_rows
+from bapo_plugin.scoring.reference import ReferenceCache, evaluating, reference_mode, weights_key
+
+if TYPE_CHECKING:
+    from bapo_plugin.training.trainer import BAPOTrainer
+
+LOG = get_logger("axolotl." + __name__)
+
+
+class _Part(NamedTuple):
+    """Rows of one data set: they have the numbers from `start` on."""
+
+    name: str
+    rows: Dataset
+    start: int
+
+
+class Reference:
+    """log π_ref of a trainer's rows.
+
+    Args:
+        trainer: its models, settings and layout are used.
+        cache_dir: folder to keep log-probs in, or None.
+
+    Raises:
+        ValueError: they are to be computed before training, and FSDP 1 shards the model.
+    """
+
+    def __init__(self, trainer: "BAPOTrainer", cache_dir: str | None):
+        self._trainer = trainer
+        self._cache_dir = cache_dir
+        self._cache: ReferenceCache | None = None
+        self._parts: list[_Part] = []
+        self._pending: list[_Part] = []
+        self._known = torch.zeros(0, len(RESPONSES))  # NaN where it is not computed
+        wanted = trainer.bapo.precompute_ref_log_probs
+        if trainer.is_fsdp1 and wanted:
+            raise ValueError(
+                "precompute_ref_log_probs: true doesn't work with FSDP 1; set fsdp_version: 2, or remove the line"
+            )
+        if wanted is None:
+            wanted = is_peft_model(trainer.model) and not trainer.is_fsdp1
+        self.precomputed: bool = wanted
+        LOG.info(
+            "log-probs of the reference are computed "
+            + ("once, before training" if wanted else "in each step")
+        )
+
+    # ---------------------------------------------------------------- rows
+
+    def number(self, rows: Any, name: str) -> Any:
+        """The rows with their numbers; a dict of data sets as one.
+
+        Args:
+            rows: tokenised, the same on every process.
+            name: of the data set, for messages.
+        """
+        if rows is None:
+            return None
+        if isinstance(rows, dict):
+            return {key: self.number(part, f"{name} {key}") for key, part in rows.items()}
+        if ROW in rows.column_names:
+            return rows
+        for part in self._parts:
+            if part.rows._fingerprint == rows._fingerprint:
+                break
+        else:
+            part = _Part(name, rows, len(self._known))
+            self._parts.append(part)
+            self._pending.append(part)
+            nothing = torch.full((len(rows), len(RESPONSES)), torch.nan)
+            self._known = torch.cat([self._known, nothing.to(self._known.device)])
+        return rows.add_column(ROW, np.arange(part.start, part.start + len(rows)))
+
+    def describe(self, number: int) -> str:
+        """The row, for messages."""
+        part = next(p for p in reversed(self._parts) if p.start <= number)
+        return f"row {number - part.start + 1} of the {part.name} rows"
+
+    # ---------------------------------------------------------------- log-probs
+
+    def fill(self, model: nn.Module | None = None) -> None:
+        """Compute what is to be known before training and isn't yet. All processes call it together.
+
+        Args:
+            model: the policy as the trainer calls it, where weights are sharded.
+        """
+        pending, self._pending = self._pending, []
+        if not self.precomputed or not pending:
+            return
+        trainer = self._trainer
+        device = trainer.accelerator.device
+        if self._cache is None:
+            self._cache = self._make_cache(trainer.model if model is None else model)
+        known = self._known.cpu()
+        for name, rows, start in pending:
+            logps = self._cache.logps_of(rows, trainer.args.per_device_eval_batch_size, name)
+            known[start : start + len(rows)] = logps
+        self._known = known.to(device)
+
+    def logps(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """log π_ref of the batch's 3n sequences, nats, fp32: all chosen, all rejected, all base. No gradient.
+
+        Raises:
+            RuntimeError: there is no reference.
+        """
+        known = self.known(batch)
+        return self.live(model, unwrapped, batch) if known is None else known
+
+    def known(self, batch: dict[str, Any]) -> Tensor | None:
+        """What was computed before training, [3n]; None where it wasn't."""
+        if not self.precomputed or ROW not in batch:
+            return None
+        self._known = self._known.to(batch[ROW].device)
+        return self._known[batch[ROW]].T.reshape(-1)
+
+    def live(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """As `logps`, from the model itself."""
+        trainer = self._trainer
+        if trainer.ref_model is not None:
+            model = trainer.ref_model
+            unwrapped = trainer.accelerator.unwrap_model(model)
+        elif not is_peft_model(unwrapped):
+            raise RuntimeError(
+                "no reference: the model has no adapter and no reference model was given"
+            )
+        checkpointing = trainer.args.gradient_checkpointing_kwargs
+        with evaluating(unwrapped), reference_mode(unwrapped, checkpointing):
+            return trainer.response_forward(model, unwrapped, batch).logps
+
+    def _make_cache(self, policy: nn.Module) -> ReferenceCache:
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        model = trainer.ref_model if trainer.ref_model is not None else policy
+        unwrapped = accelerator.unwrap_model(model)
+        if trainer.state.global_step and trainer.ref_model is None and not is_peft_model(unwrapped):
+            raise RuntimeError("the reference is no longer there: the model has been trained")
+        if not trainer.is_sharded and next(model.parameters()).device.type == "cpu":
+            model.to(trainer.args.device)  # DeepSpeed moves it only when training begins
+
+        def compute(batch: dict[str, Tensor]) -> Tensor:
+            with accelerator.autocast():
+                return self.live(model, unwrapped, batch)
+
+        key = self._key(unwrapped) if self._cache_dir else ""
+        return ReferenceCache(
+            Path(self._cache_dir) / "bapo-reference.sqlite" if self._cache_dir else None,
+            compute,
+            trainer.collate,
+            accelerator,
+            key,
+        )
+
+    def _key(self, model: nn.Module) -> str:
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        device = trainer.args.device.type
+        layout = type(trainer.data_collator).__name__
+        key = weights_key(
+            model, f"{device} {accelerator.mixed_precision} {trainer.bapo.kernel} {layout}"
+        )
+        if not trainer.is_sharded:
+            return key
+        # each process has seen its own part
+        return hashlib.sha256("".join(gather_object([key])).encode()).hexdigest()
+
+    # ---------------------------------------------------------------- the first batch
+
+    def check(self, model: nn.Module, batch: dict[str, Any], starts_equal: bool) -> None:
+        """Measure on a batch that what was computed before training is what the model gives now, and that the policy
+        starts as the reference. All processes call it together.
+
+        Args:
+            model: the policy as the trainer calls it, with the weights that it begins with.
+            batch: of a layout, n rows.
+            starts_equal: whether the policy is the reference before the first step.
+
+        Raises:
+            ValueError: it isn't so; rows and the difference are named.
+        """
+        trainer = self._trainer
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        known = self.known(batch)
+        if known is None and not starts_equal:
+            return
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            live = self.live(model, unwrapped, batch)
+            policy = live
+            if starts_equal:
+                unwrapped.train()  # as in the step
+                policy = trainer.response_forward(model, unwrapped, batch).logps
+        tolerance = _tolerance(batch, trainer.computes_in_half)
+        problem = ""
+        for found, message in ((known, _STALE), (policy, _UNEQUAL)):
+            if found is None or problem:
+                continue
+            excess = (found - live).abs() - tolerance
+            if not excess.max() <= 0:  # NaN too
+                worst = int(excess.nan_to_num(torch.inf).argmax())
+                n = num_rows(batch)
+                row = self.describe(int(batch[ROW][worst % n])) if ROW in batch else "a row"
+                response, off = RESPONSES[worst // n], float((found - live)[worst])
+                problem = message.format(row=row, response=response, off=off)
+        problems = gather_object([problem]) if trainer.accelerator.num_processes > 1 else [problem]
+        if problem := next(filter(None, problems), None):
+            raise ValueError(problem)
+        if starts_equal:
+            off = (policy - live).abs().max().item()
+            LOG.info(f"Before the first step policy and reference differ by at most {off:.2g} nats")
+
+
+_STALE = (
+    "{row}: log π_ref of the {response} response, computed before training, is {off:+.3g} nats away from what the "
+    "reference gives now, so the reference has changed; remove bapo-reference.sqlite from dataset_prepared_path, or set "
+    "precompute_ref_log_probs: false"
+)
+_UNEQUAL = (
+    "{row}: before the first step the policy's log-probability of the {response} response is {off:+.3g} nats away from "
+    "the reference's, so drift and anchor would measure something else than training. Dropout or noise that stays "
+    "on, or an adapter whose frozen copy is none, does this; train without it, or set bapo.reference: base with "
+    "lora_model_dir"
+)
+
+
+def _tolerance(batch: dict[str, Any], half: bool) -> Tensor:
+    """What rounding may do to the log-probs, nats, [3n]: in 16 bits it grows as errors of tokens that add up at
+    random."""
+    lengths = batch["cu_seqlens"].diff().float()
+    return 0.5 + 0.1 * lengths.sqrt() if half else 0.02 + 0 * lengths

@@ -1,0 +1,73 @@
+"""Rows that come to the trainer without axolotl: texts are tokenised, token ids are checked."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from bapo_plugin.answers.stops import named_stops
+from bapo_plugin.rows.ends import StopTexts
+from bapo_plugin.rows.table import Faults, finish
+from bapo_plugin.rows.texts import TextRows
+from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
+
+
+def tokenized(dataset: Dataset, tokenizer: Any, args: Any, dataset_name: str) -> Dataset:
+    """Rows of token ids.
+
+    Args:
+        dataset: with the columns prompt, chosen, rejected and base as text, or with token ids.
+        tokenizer: for the texts.
+        args: `max_length` and `output_dir`, where faulty rows would be written, are read.
+        dataset_name: "train", "eval", for messages.
+
+    Raises:
+        ValueError: rows without a base response or otherwise unusable, all in one message.
+    """
+    columns = dataset.column_names or []
+    if all(name in columns for name in IDS):
+        _refuse_empty(dataset, dataset_name)
+        return dataset
+    missing = [name for name in TEXTS if name not in columns]
+    if missing:
+        raise ValueError(
+            f"the {dataset_name} data set lacks the columns {', '.join(missing)} (it has "
+            f"{', '.join(columns)}); BAPO needs prompt, chosen, rejected and base as text, or {', '.join(IDS)}"
+        )
+    limit = args.max_length or 2**31
+    name = f"the {dataset_name} data set"
+    with PartialState().main_process_first():
+        rows = dataset.map(
+            prepare_batch,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            fn_kwargs={
+                "read": TextRows(StopTexts(tokenizer, named_stops(tokenizer, None))),
+                "encode": Encoder(tokenizer, from_template=False),
+                "sequence_len": limit,
+                "strategy": "truncate",
+            },
+            remove_columns=columns,
+            features=FEATURES,
+            desc=f"Tokenizing {dataset_name} dataset",
+        )
+    faults = Faults(Path(args.output_dir), "error")
+    rows = faults.take(name, rows, len(rows))
+    faults.settle(write=False)
+    return finish(rows, name, limit, "truncate", "keep")
+
+
+def _refuse_empty(dataset: Dataset, name: str) -> None:
+    """A prompt without tokens has no state that predicts a response's first one."""
+    start = 0
+    for part in dataset.select_columns(list(IDS)).with_format("arrow").iter(batch_size=10_000):
+        for column in IDS:
+            for i, tokens in enumerate(part[column]):
+                if not tokens.is_valid or len(tokens) == 0:
+                    raise ValueError(
+                        f"the {name} data set: {column} of row {start + i + 1} is empty; prompt and responses need at "
+                        "least one token each; leave the row out"
+                    )
+        start += len(part)

@@ -1,20 +1,22 @@
 # make demo    train BAPO with QLoRA on a small real model, on a CPU, and look at it
 # make test    the tests that take minutes     make test-all   also the slow ones
 # make lint    ruff                            make bench      the benchmarks
+# make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
 VENV ?= .venv
 MODELS ?= .models
 TESTS ?= tests
+DEEPSPEED_TESTS ?= -m "not gpu"
 export PYTHON
 export AXOLOTL_DO_NOT_TRACK = 1
 BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-gpu lint format bench
+.PHONY: help install model demo test test-all test-deepspeed test-gpu lint format bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 install:
 	@.ci/install "$(VENV)"
@@ -29,8 +31,13 @@ demo: model
 test: model
 	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" python -m pytest -m "not slow and not gpu" $(TESTS)
 
-test-all: model
+test-all: model test-deepspeed
 	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" python -m pytest -m "not gpu" $(TESTS)
+
+# only here, since transformers behaves otherwise where DeepSpeed is installed
+test-deepspeed: install
+	@.ci/install-deepspeed "$(VENV)"
+	@PATH="$$(cd "$(VENV)-deepspeed/bin" && pwd):$$PATH" python -m pytest $(DEEPSPEED_TESTS) tests/integration/test_distributed.py -k zero
 
 test-gpu: install
 	@$(RUN) python -m pytest -m gpu tests/gpu

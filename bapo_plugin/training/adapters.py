@@ -8,6 +8,7 @@ from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter whose training goes on
 
@@ -32,25 +33,51 @@ def copy_to_reference(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def load_adapter(model: Any, checkpoint: str | Path) -> None:
-    """Load a checkpoint's adapter into the active one, where transformers took only those in subfolders ("ref").
+def load_adapter(model: Any, checkpoint: str | Path) -> bool:
+    """Give the active adapter the weights in a checkpoint's file.
+
+    transformers loads only the adapters in subfolders where there are any ("ref"), and with FSDP 2 the other
+    processes none at all.
+
+    Args:
+        model: a PEFT model, perhaps sharded by FSDP 2; another one is left alone.
+        checkpoint: folder.
+
+    Returns:
+        Whether there was a file.
 
     Raises:
         ValueError: the model then has other weights than the file.
     """
     path = Path(checkpoint) / "adapter_model.safetensors"
-    if not is_peft_model(model) or REFERENCE not in model.peft_config or not path.is_file():
-        return
+    if not is_peft_model(model) or not path.is_file():
+        return False
     (active,) = model.active_adapters
-    model.load_adapter(str(checkpoint), active, is_trainable=True)
+    own = get_peft_model_state_dict(model, adapter_name=active)  # shares memory with the parameters
+    for name, saved in load_file(path).items():
+        target = own.get(name)
+        if target is not None and target.shape == saved.shape:
+            with torch.no_grad():
+                target.copy_(_as(saved, target))
     found = get_peft_model_state_dict(model, adapter_name=active)
     for name, saved in load_file(path).items():
         loaded = found.get(name)
+        if isinstance(loaded, DTensor):
+            loaded = loaded.full_tensor()
         if loaded is None or not torch.equal(loaded.cpu(), saved.to(loaded.dtype)):
             raise ValueError(
                 f"{path}: {name} is not what the model has after loading it; the checkpoint was written by a run with other "
                 "adapter settings. Start again with them, or without resume_from_checkpoint"
             )
+    return True
+
+
+def _as(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The tensor with dtype, device and shards of another one."""
+    tensor = tensor.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        return distribute_tensor(tensor, target.device_mesh, target.placements)
+    return tensor
 
 
 def disable_functional_dropout(model: nn.Module) -> None:

@@ -311,8 +311,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return (loss, {"logps": policy.logps, "metrics": metrics}) if return_outputs else loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.model if model is None else model
+        if self.accelerator.is_fsdp2 and adapters.load_adapter(model, resume_from_checkpoint):
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        adapters.load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        if not self.is_deepspeed_enabled:  # which keeps and loads weights of its own
+            adapters.load_adapter(model, resume_from_checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Rows of one optimiser step, over its micro-batches and all ranks.

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from helpers import bapo_trainer, lora_model, randomize_lora
 from safetensors.torch import load_file
 from tiny import make_rows
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bapo_plugin.scoring.collator import SharedPrefixCollator
@@ -41,24 +42,26 @@ ZERO3 = {
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def settings_of(kind: str) -> dict:
+def settings_of(kind: str, state_dict_type: str) -> dict:
     """Arguments of the trainer; FSDP also reads the environment."""
+    start = PartialState.__init__
+
+    def pretend(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self._shared_state["device"] = torch.device("cpu")  # not cpu:0, where nothing can be loaded
+        # accelerate shards where it sees GPUs only
+        if kind == "fsdp2" and self._shared_state["distributed_type"] != DistributedType.FSDP:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pretend
     if kind == "fsdp2":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        start = PartialState.__init__
-
-        def pretend(self, *args, **kwargs):  # accelerate shards where it sees GPUs only
-            start(self, *args, **kwargs)
-            if self._shared_state["distributed_type"] != DistributedType.FSDP:
-                self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-        PartialState.__init__ = pretend
         layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         layers["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer"]
         fsdp = {"fsdp_version": 2, "reshard_after_forward": True, **layers}
         return {
             "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {**fsdp, "state_dict_type": "FULL_STATE_DICT"},
+            "fsdp_config": {**fsdp, "state_dict_type": state_dict_type},
         }
     if kind.startswith("zero"):
         stage = int(kind[-1])
@@ -90,6 +93,7 @@ def main(
     resume: bool = False,
     die_at: int | None = None,
     die_on: int = 0,
+    state_dict_type: str = "FULL_STATE_DICT",
 ) -> None:
     bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
     if retention is not None:
@@ -112,18 +116,23 @@ def main(
         cache_dir=folder / "cache",
         save_strategy="steps",
         save_steps=1,
-        **settings_of(kind),
+        **settings_of(kind, state_dict_type),
     )
     steps = Steps(die_at if int(os.environ.get("RANK", 0)) == die_on else None)
     trainer.add_callback(steps)
     assert trainer.is_sharded == (kind in ("zero3", "fsdp2"))
     trainer.train(resume_from_checkpoint=resume or None)
+    if kind == "fsdp2":
+        assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    if kind == "zero3":
+        assert all(p.numel() == 0 for p in trainer.model.parameters())
     layout = getattr(trainer.data_collator, "chosen", trainer.data_collator)
     assert type(layout) is SharedPrefixCollator and trainer.reference.precomputed
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        weights = load_file(folder / "out" / "adapter_model.safetensors")
+        path = folder / "out" / "adapter_model.safetensors"  # not with a sharded state
+        weights = load_file(path) if path.exists() else {}
         weights = {name: weight.tolist() for name, weight in weights.items()}
         result = {"log": trainer.state.log_history, "eval": metrics, "weights": weights}
         result["steps"] = trainer.state.global_step

@@ -1,4 +1,4 @@
-"""Two processes with gloo on the CPU give what one process gives; sharded weights what whole ones give."""
+"""Two processes with gloo on the CPU give what one process gives, whatever splits model, state or batches."""
 
 import importlib.util
 import json
@@ -8,49 +8,109 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
-    reason="deepspeed isn't installed (DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed)",
+    reason="deepspeed isn't installed (make test-distributed installs it into an environment of its own)",
 )
 
 
-def start(processes, script, *arguments):
+def kind(name, *marks):
+    marks = [*marks, needs_deepspeed] if name.startswith("zero") else marks
+    return pytest.param(name, marks=marks)
+
+
+KINDS = [kind("ddp"), kind("zero1", pytest.mark.slow), *map(kind, ("zero2", "zero3", "fsdp2"))]
+LOGGED = ("loss", "loss/anchor", "drift/base", "drift/chosen", "rewards/margins", "grad_norm")
+EVALUATED = ("eval_loss", "eval_loss/anchor", "eval_drift/chosen", "eval_rewards/accuracies")
+
+
+def start(processes, script, *arguments, fails=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", HERE / script, *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment
     )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-5000:]
+    return done.stdout + done.stderr
 
 
-def run(folder, processes, batch, accumulation, *kind):
-    folder.mkdir()
-    start(processes, "ddp_script.py", folder, batch, accumulation, *kind)
+def run(folder, processes, **settings):
+    folder.mkdir(exist_ok=True)
+    start(processes, "ddp_script.py", folder, json.dumps(settings))
     return json.loads((folder / "result.json").read_text())
 
 
+PROMPTS = "tell me about the sea\nwho are you\nname three blue leaf please\n"
+
+
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one") / "run", 1, 4, 1)
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(PROMPTS)
+    return str(path)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
-def test_two_processes_are_one(tmp_path, one, kind):
-    two = run(tmp_path / "two", 2, 1, 2, kind)
-    for key in ("loss", "loss/anchor", "drift/base", "rewards/accuracies", "grad_norm"):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, prompts):
+    """Packs of tokens, a continued adapter, retention."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    return run(folder, 1, batch=8, rows=32, tokens=80, continued=True, retention=prompts)
+
+
+def same(one, two, steps):
+    assert one["steps"] == two["steps"] == steps
+    for key in LOGGED:
         found = [[e[key] for e in result["log"] if key in e] for result in (one, two)]
-        if key == "rewards/accuracies":  # in the first step rounding decides between equal rewards
-            found = [values[1:] + values[1:2] for values in found]
-        assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], abs=1e-4), key
-    for key in ("eval_loss", "eval_loss/anchor", "eval_drift/chosen", "eval_rewards/accuracies"):
-        assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-4), key
+        assert len(found[0]) == steps, (key, found[0])
+        assert found[1] == pytest.approx(found[0], rel=1e-4, abs=5e-5), key
+    for key in EVALUATED:
+        assert two["eval"][key] == pytest.approx(one["eval"][key], abs=5e-5), key
     assert two["weights"].keys() == one["weights"].keys() and len(one["weights"]) > 20
     for name, value in one["weights"].items():
-        assert two["weights"][name] == pytest.approx(value, abs=2e-3), name
+        expected = torch.tensor(value)
+        torch.testing.assert_close(torch.tensor(two["weights"][name]), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(tmp_path, one, prompts, kind):
+    """With packs whose number differs between ranks, as do the rows in them; killed after the first checkpoint and
+    resumed, which changes nothing either."""
+    settings = {"kind": kind, "batch": 4, "rows": 32, "tokens": 80, "continued": True}
+    two = run(tmp_path / "two", 2, **settings, retention=prompts)
+    same(one, two, 4)
+    key = "retention/drift"
+    found = [[e[key] for e in result["log"] if key in e] for result in (one, two)]
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], abs=1e-4)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    dies = json.dumps({**settings, "retention": prompts, "die_at": 2, "die_on": 1})
+    start(2, "ddp_script.py", folder, dies, fails=True)
+    assert [path.name for path in (folder / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    same(one, run(folder, 2, **settings, retention=prompts, resume=True), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_micro_batches_of_a_new_adapter(tmp_path, kind):
+    one = run(tmp_path / "one", 1, batch=4)
+    same(one, run(tmp_path / "two", 2, kind=kind, batch=1, accumulation=2), 4)
+
+
+@pytest.mark.slow
+def test_fsdp2_with_sharded_state_resumes(tmp_path):
+    settings = {"kind": "fsdp2", "batch": 4, "rows": 32, "tokens": 80, "continued": True}
+    settings["state_dict_type"] = "SHARDED_STATE_DICT"
+    one = run(tmp_path / "one", 2, **settings)
+    (tmp_path / "two").mkdir()
+    start(2, "ddp_script.py", tmp_path / "two", json.dumps({**settings, "die_at": 2}), fails=True)
+    two = run(tmp_path / "two", 2, **settings, resume=True)
+    for key in LOGGED:
+        found = [[e[key] for e in result["log"] if key in e] for result in (one, two)]
+        assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6), key
 
 
 def test_fsdp2_gives_the_same_gradients():

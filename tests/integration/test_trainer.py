@@ -175,6 +175,7 @@ def run(tmp_path, rows, **changes):
     trainer = bapo_trainer(tmp_path, rows=rows, bapo={"anchor_weight": 1.0}, **changes)
     torch.manual_seed(0)
     randomize_lora(trainer.model)
+    trainer.starts_equal = False
     trainer.train()
     return trainer
 
@@ -235,6 +236,7 @@ def test_evaluation_is_weighted_by_rows_and_returned(tmp_path):
     rows = make_rows(7)
     trainer = bapo_trainer(tmp_path, rows=rows, eval_rows=rows, bapo={"anchor_weight": 0.5})
     randomize_lora(trainer.model, std=0.05)
+    trainer.starts_equal = False
     metrics = {}
     for size in (7, 3, 1):
         trainer.args.per_device_eval_batch_size = size
@@ -278,6 +280,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, checkpointing):
     ):
         trainer = bapo_trainer(tmp_path, rows=make_rows(4), bapo={"anchor_weight": 1.0}, **options)
         randomize_lora(trainer.model, std=0.05)
+        trainer.starts_equal = False
         trainer.train()
         found.append((logged(trainer), weights(trainer)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
@@ -373,6 +376,7 @@ def test_rows_without_base_are_refused(tmp_path):
 def test_fresh_adapter_reference_is_the_base_model(tmp_path):
     trainer = bapo_trainer(tmp_path)
     randomize_lora(trainer.model, std=0.2)
+    trainer.starts_equal = False
     batch = batch_of(trainer)
     model = make_model(vocab_size=len(make_tokenizer()))
     install(model)

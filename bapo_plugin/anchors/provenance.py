@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from bapo_plugin import __version__
-from bapo_plugin.config import AnchorsConfig
+from bapo_plugin.blocks import AnchorsConfig
 from bapo_plugin.store import Store
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

@@ -13,7 +13,7 @@ from axolotl.utils.logging import get_logger
 
 from bapo_plugin.answers.engine import Answer, Request, Sampling, seed_of, shown
 from bapo_plugin.answers.transformers import TransformersEngine, autocast
-from bapo_plugin.config import AnchorServerConfig
+from bapo_plugin.blocks import AnchorServerConfig
 
 LOG = get_logger("axolotl." + __name__)
 

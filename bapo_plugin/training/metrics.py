@@ -77,7 +77,7 @@ class RowMetrics:
         if mode == "train":
             totals = self._accelerator.reduce(totals, "sum")
         means = dict(zip(sums, totals.tolist(), strict=True))
-        rows = means.pop("rows")
+        rows = max(means.pop("rows"), 1.0)  # none where all were left out
         return {name: total / rows for name, total in means.items()}
 
 

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from bapo_plugin.answers.prompts import Asker, Chat, FormerAnswer, held_out_answers, read_prompts
 from bapo_plugin.answers.stops import own_stops
+from bapo_plugin.blocks import RetentionConfig
 from bapo_plugin.compat import disable_gradient_checkpointing
-from bapo_plugin.config import RetentionConfig
 from bapo_plugin.scoring.forward import response_logits, within
 from bapo_plugin.scoring.reference import evaluating, reference_mode
 from bapo_plugin.scoring.retention import mean_and_error, measure

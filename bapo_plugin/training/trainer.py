@@ -29,6 +29,7 @@ from bapo_plugin.scoring.layouts import LateCollator, choose_collator, compute_d
 from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
+from bapo_plugin.training.non_finite import NonFinite
 from bapo_plugin.training.packs import collecting_gradients, equal_passes, packs_of
 from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
@@ -133,6 +134,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
             else getattr(self.args, "bapo", None) is not None
         )
         self._is_checked = False
+        self.non_finite = NonFinite(self)
+        self.add_callback(self.non_finite)
         self.row_metrics = RowMetrics(self.accelerator)
         self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
@@ -305,6 +308,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
             metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
         if self.model.training and not inputs.get("is_repeated"):
+            finite = self.non_finite.finite_rows(out, policy_logps, reference_logps, inputs)
+            if finite is not None:
+                metrics = {name: rows[finite] for name, rows in metrics.items()}
             self.row_metrics.add("train", metrics)
             self.throughput.add(inputs["token_counts"])
         loss = loss * share

@@ -6,6 +6,7 @@ ddp_script.py FOLDER '{"kind": "zero2", "batch": 1, ...}': settings are those of
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ |= {
@@ -71,12 +72,13 @@ def settings_of(kind: str, state_dict_type: str) -> dict:
 
 
 class Steps(TrainerCallback):
-    """How often the optimiser stepped, and a death at a step."""
+    """A pause after each step, and a death at one."""
 
-    def __init__(self, die_at: int | None):
-        self.count, self._die_at = 0, die_at
+    def __init__(self, die_at: int | None, pause: float):
+        self._die_at, self._pause = die_at, pause
 
     def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(self._pause)
         if state.global_step == self._die_at:
             os._exit(9)
 
@@ -93,6 +95,7 @@ def main(
     resume: bool = False,
     die_at: int | None = None,
     die_on: int = 0,
+    pause: float = 0.0,
     state_dict_type: str = "FULL_STATE_DICT",
 ) -> None:
     bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
@@ -118,8 +121,8 @@ def main(
         save_steps=1,
         **settings_of(kind, state_dict_type),
     )
-    steps = Steps(die_at if int(os.environ.get("RANK", 0)) == die_on else None)
-    trainer.add_callback(steps)
+    dies = int(os.environ.get("RANK", 0)) == die_on
+    trainer.add_callback(Steps(die_at if dies else None, pause))
     assert trainer.is_sharded == (kind in ("zero3", "fsdp2"))
     trainer.train(resume_from_checkpoint=resume or None)
     if kind == "fsdp2":

@@ -20,7 +20,7 @@ from bapo_plugin.anchors.plan import usable
 from bapo_plugin.answers.engine import Answer, Request, Sampling
 from bapo_plugin.answers.server import ServerEngine, ServerError
 from bapo_plugin.answers.transformers import TransformersEngine
-from bapo_plugin.config import AnchorServerConfig
+from bapo_plugin.blocks import AnchorServerConfig
 from bapo_plugin.store import Store
 
 ROWS = 12

@@ -6,7 +6,7 @@ import pytest
 
 from bapo_plugin.anchors import provenance as module
 from bapo_plugin.anchors.provenance import ReferenceSpec, fingerprint, provenance
-from bapo_plugin.config import AnchorsConfig
+from bapo_plugin.blocks import AnchorsConfig
 from bapo_plugin.store import Store
 
 

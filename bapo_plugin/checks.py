@@ -144,9 +144,15 @@ def _check_adapter(cfg: Mapping[str, Any], peft: Mapping[str, Any]) -> list[str]
 
 def _check_preference_loss(cfg: Mapping[str, Any], trl: Mapping[str, Any]) -> list[str]:
     problems = []
-    beta = cfg.get("rl_beta") if cfg.get("rl_beta") is not None else trl.get("beta")
-    if beta is not None and not _number(beta) > 0:
-        problems.append(f"rl_beta: {beta!r} must be a number above 0; the usual value is 0.1")
+    betas = {"rl_beta": cfg.get("rl_beta"), "trl.beta": trl.get("beta")}
+    betas = {key: value for key, value in betas.items() if value is not None}
+    for key, value in betas.items():
+        if not _number(value) > 0:
+            problems.append(f"{key}: {value!r} must be a number above 0; the usual value is 0.1")
+    if len(set(map(_number, betas.values()))) > 1:
+        problems.append(
+            f"rl_beta: {betas['rl_beta']} and trl.beta: {betas['trl.beta']} contradict each other; remove one of the two lines"
+        )
     loss_types = cfg.get("dpo_loss_type") or ["sigmoid"]
     loss_types = [loss_types] if isinstance(loss_types, str) else loss_types
     if not isinstance(loss_types, list | tuple) or any(not isinstance(n, str) for n in loss_types):

@@ -90,8 +90,8 @@ class BAPOConfig(Block):
         default=None,
         json_schema_extra={
             "description": "Compute log π_ref of the three responses once, before training, and keep them under "
-            "dataset_prepared_path, instead of in every step. Default: true with an adapter, where weights are "
-            "not sharded (FSDP, ZeRO-3). axolotl's own key `precompute_ref_log_probs` sets it too."
+            "dataset_prepared_path, instead of in every step. Default: true with an adapter (not with FSDP 1). "
+            "axolotl's own key `precompute_ref_log_probs` sets it too."
         },
     )
     field_base: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(

@@ -70,7 +70,7 @@ class Run:
     @property
     def beta(self) -> float:
         """β of the preference loss, NaN where the configuration doesn't say."""
-        values = (number(self.flat.get(key)) for key in ("rl_beta", "trl.beta", "beta"))
+        values = (number(self.flat.get(key)) for key in ("trl.beta", "rl_beta", "beta"))
         return next((v for v in values if v > 0), math.nan)
 
     def last(self, name: str) -> float | None:

@@ -77,9 +77,9 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _method(run: Run) -> Cell:
-    flat, settings = run.flat, []
-    for symbol, key in (("λ", "bapo.anchor_weight"), ("β", "rl_beta")):
-        if not math.isnan(value := number(flat.get(key))):
+    settings = []
+    for symbol, value in (("λ", number(run.flat.get("bapo.anchor_weight"))), ("β", run.beta)):
+        if not math.isnan(value):
             settings.append(f"{symbol} {value:g}")
     return Cell(run.method or DASH, " ".join(settings))
 

@@ -115,7 +115,7 @@ def main(
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        ddp_backend="gloo",
+        ddp_backend="gloo" if "RANK" in os.environ else None,
         cache_dir=folder / "cache",
         save_strategy="steps",
         save_steps=1,

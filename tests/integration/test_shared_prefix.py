@@ -51,6 +51,22 @@ MORE = {
     "glm4": {"head_dim": 8, "pad_token_id": 0},
     "helium": {"head_dim": 8},
     "gemma": {"head_dim": 8},
+    # the window is in the mask alone, the attention isn't told
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+    },
+    "phimoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -259,6 +275,34 @@ def test_families_that_would_break_are_refused(family):
     model = make_model(family)
     reason = refusal(model)
     assert reason and type(model).__name__ in reason
+
+
+def test_a_mask_of_the_models_own_is_found(monkeypatch):
+    """Doge's mask depends on the values; another one comes as a tensor."""
+    monkeypatch.setitem(FAMILIES, "doge", {"keep_window_size": 16, "pad_token_id": 0})
+    model = make_model("doge")
+    install(model)
+    with pytest.raises(AttributeError, match="AskedMask"):
+        check(model)
+    model = make_model("mistral")
+    install(model)
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    own = {"attention_mask": torch.zeros(1)}
+    attention.forward = lambda *a, **k: forward(*a, **(k | own if "bapo_layout" in k else k))
+    with pytest.raises(RuntimeError, match="MistralAttention brings a mask of its own"):
+        check(model)
+    attention.forward = forward
+    assert check(model) is None
+    attention.sliding_window = 5  # not that of the mask
+    with pytest.raises(RuntimeError, match="has a window of 5, its mask one of 8"):
+        check(model)
+
+
+def test_the_check_goes_beyond_every_window():
+    config = make_model("mistral", sliding_window=200).config
+    longest = [max(len(row["prompt_ids"]) for row in check_rows(config, n)) for n in (512, 100)]
+    assert longest == [208, 72]
 
 
 def test_rotary_positions_that_depend_on_the_row_are_refused():

@@ -57,7 +57,11 @@ def test_block_errors_name_key_value_and_remedy(block, match):
         ),
         ({"dpo_loss_type": "exo_pair"}, "needs `dpo_label_smoothing"),
         ({"rl_beta": 0}, "rl_beta: 0 must be a number above 0"),
-        ({"trl": {"beta": -1}}, "rl_beta: -1 must be a number above 0"),
+        ({"trl": {"beta": -1}}, "trl.beta: -1 must be a number above 0"),
+        (
+            {"rl_beta": 0.1, "trl": {"beta": 0.2}},
+            "rl_beta: 0.1 and trl.beta: 0.2 contradict each other",
+        ),
         ({"dpo_use_weighting": True}, "dpo_use_weighting: True .*remove the line"),
         ({"dpo_use_liger_kernel": True}, "dpo_use_liger_kernel"),
         ({"dpo_padding_free": True}, "dpo_padding_free"),

@@ -51,7 +51,12 @@ class Store:
     def __init__(self, path: str | Path, content: str = "entries"):
         self.path = Path(path).absolute()
         self.content = content
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the store of {content} {self.path} can't be made: {error}; name another dataset_prepared_path"
+            ) from error
         self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
         self._file = self._inode()
         with self._damage_is_fatal():

@@ -35,6 +35,7 @@ _NOT_FOR_MODEL = (
 
 
 _TRIES = 3
+_HALF_CHUNK = 2**29  # bytes; half of what bapo_kernels takes on a GPU
 
 
 class ForwardOutput(NamedTuple):
@@ -63,6 +64,7 @@ class ResponseForward:
     def __init__(self, log: Callable[[str], None], backend: str = "auto"):
         self._log = log
         self._backend = backend
+        self._chunk_bytes: int | None = None  # the kernel's own
         # model -> its head, or the reason for the plain path
         self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
         self._failures: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -156,21 +158,50 @@ class ResponseForward:
 
         def score(hidden: Tensor) -> Tensor:
             states = _response_states(hidden, batch)
-            logps = sequence_logprobs(
-                states.to(head.weight.dtype),
-                head.weight,
-                batch["response_labels"],
-                batch["cu_seqlens"],
-                bias=head.bias,
-                logit_scale=spec.scale,
-                logit_softcap=spec.softcap,
-                backend=self._backend,
-            )
-            found.append(logps.sum)
+            states = states.to(head.weight.dtype)
+            found.append(self._logps(states, head, spec, batch))
             return hidden.new_zeros(1, 1, 1)
 
         outputs = _call_with_head(model, head, score, kwargs)
         return ForwardOutput(found[0], getattr(outputs, "aux_loss", None))
+
+    def _logps(self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict) -> Tensor:
+        """[S], nats; with half the temporary memory, from then on, where there was too little."""
+
+        def run() -> Tensor | None:
+            try:
+                return sequence_logprobs(
+                    states,
+                    head.weight,
+                    batch["response_labels"],
+                    batch["cu_seqlens"],
+                    bias=head.bias,
+                    logit_scale=spec.scale,
+                    logit_softcap=spec.softcap,
+                    backend=self._backend,
+                    chunk_bytes=self._chunk_bytes,
+                ).sum
+            except torch.OutOfMemoryError:
+                return None
+
+        found = run()
+        if found is None and self._chunk_bytes is None:
+            self._chunk_bytes = _HALF_CHUNK
+            self._log(
+                "the log-prob kernel ran out of memory and goes on with half of its temporary memory, "
+                f"{self._chunk_bytes / 2**20:.0f} MiB"
+            )
+            found = run()
+        if found is None:
+            kept = states.shape[1] * states.element_size()  # the gradient, for each token
+            free = torch.cuda.mem_get_info()[0] if states.is_cuda else 0
+            fit = max(0, (free - self._chunk_bytes) // kept)
+            raise torch.OutOfMemoryError(
+                f"the log-prob kernel ran out of memory at {len(states):,} response tokens: with {free / 2**20:,.0f} MiB "
+                f"free and {self._chunk_bytes / 2**20:.0f} MiB of temporary memory about {fit:,} fit. Set bapo.tokens_per_batch, or "
+                "a smaller micro_batch_size"
+            )
+        return found
 
     def _from_logits(
         self, model: nn.Module, head: nn.Module, batch: dict, kwargs: dict

@@ -28,6 +28,7 @@ from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import LateCollator, choose_collator, compute_dtype
 from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
+from bapo_plugin.training.checkpoints import begin_checkpoint, whole_checkpoint
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
 from bapo_plugin.training.non_finite import NonFinite
 from bapo_plugin.training.packs import collecting_gradients, equal_passes, packs_of
@@ -316,6 +317,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
         loss = loss * share
         return (loss, {"logps": policy.logps, "metrics": metrics}) if return_outputs else loss
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
         if self.accelerator.is_fsdp2 and adapters.load_adapter(model, resume_from_checkpoint):
@@ -373,6 +378,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.throughput.paused():
+            if self.args.should_save:
+                begin_checkpoint(self.args.output_dir, self.state.global_step)
             super()._save_checkpoint(*args, **kwargs)
 
 

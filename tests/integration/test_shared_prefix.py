@@ -294,7 +294,9 @@ def test_a_mask_of_the_models_own_is_found(monkeypatch):
         check(model)
     attention.forward = forward
     assert check(model) is None
-    attention.sliding_window = 5  # not that of the mask
+    model = make_model("gemma3_text")
+    install(model)
+    model.model.layers[0].self_attn.sliding_window = 5  # not that of the mask
     with pytest.raises(RuntimeError, match="has a window of 5, its mask one of 8"):
         check(model)
 

@@ -22,6 +22,7 @@ from bapo_plugin.scoring.collator import SharedPrefixCollator
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.reference import weights_key
 from bapo_plugin.scoring.shared_prefix import install, uninstall
+from bapo_plugin.training.checkpoints import whole_checkpoint
 
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
@@ -214,6 +215,34 @@ def _counting(calls, function):
     return counted
 
 
+def test_the_kernel_halves_its_memory_once(monkeypatch):
+    model = make_model("llama", vocab_size=len(make_tokenizer()))
+    rows = [{key: [3, 4, 5] for key in ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")}]
+    install(model)
+    log, chunks, room = [], [], [2**29]
+    original = forward_module.sequence_logprobs
+
+    def scarce(*args, chunk_bytes, **kwargs):
+        chunks.append(chunk_bytes)
+        if (chunk_bytes or 2**30) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args, chunk_bytes=chunk_bytes, **kwargs)
+
+    forward = ResponseForward(log=log.append)
+    batch = SharedPrefixCollator()(rows)
+    expected = forward(model, model, batch).logps
+    monkeypatch.setattr(forward_module, "sequence_logprobs", scarce)
+    for _ in range(2):
+        torch.testing.assert_close(forward(model, model, batch).logps, expected, rtol=0, atol=1e-5)
+    assert chunks == [None, 2**29, 2**29]
+    assert len(log) == 1 and "half of its temporary memory, 512 MiB" in log[0]
+    room[0] = 2**20
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"at 9 response tokens.*bapo.tokens_per_batch"
+    ):
+        forward(model, model, batch)
+
+
 # ---------------------------------------------------------------- the cache's key
 
 
@@ -311,6 +340,27 @@ def test_a_retention_log_leaves_the_steps_own(tmp_path):
 # ---------------------------------------------------------------- killed and gone on
 
 
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
+    trainer = bapo_trainer(tmp_path, rows=make_rows(12), save_strategy="steps", save_steps=1)
+    trainer.train()
+    out = tmp_path / "out"
+    assert whole_checkpoint(str(out), True) == str(out / "checkpoint-3")
+    (out / "checkpoint-3/trainer_state.json").write_text('{"half": ')
+    (out / "checkpoint-2/trainer_state.json").unlink()
+    assert whole_checkpoint(str(out), True) == str(out / "checkpoint-1")
+    assert whole_checkpoint("elsewhere", str(out / "checkpoint-2")) == str(out / "checkpoint-1")
+    resumed = bapo_trainer(tmp_path, rows=make_rows(12), save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    logs = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (trainer, resumed)]
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and len(logs[0]) == 3
+    for path in out.glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* was written to its end"):
+        resumed.train(resume_from_checkpoint=True)
+    assert whole_checkpoint(str(tmp_path / "none"), True) is True
+    assert whole_checkpoint(str(out), None) is None
+
+
 def losses(folder):
     log = json.loads((folder / "result.json").read_text())["log"]
     return [entry["loss"] for entry in log if "loss" in entry]
@@ -336,7 +386,7 @@ def test_ten_kills_change_nothing(tmp_path, continued):
         known = len(list(folder.glob("out/checkpoint-*")))
         while len(list(folder.glob("out/checkpoint-*"))) == known and process.poll() is None:
             time.sleep(0.02)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(generator.uniform(0, 0.8))
         process.kill()
         process.wait()

@@ -166,3 +166,36 @@ def test_claims_are_renewed(tmp_path, monkeypatch):
         with store.keep_claims_alive():
             time.sleep(0.3)
         assert store._db.execute("SELECT renewed FROM claims").fetchone() > before
+
+
+def test_a_full_disk_is_said_and_nothing_half_written_is_read(tmp_path):
+    """A limit on the size of files stands for the disk: SQLite's writes fail in the middle of one."""
+    code = """
+import resource, signal, sys
+from bapo_plugin.store import Store
+store = Store(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for i in range(1000):
+    try:
+        store.put("kind", {f"{i}-{j}": bytes([i % 256]) * 1000 for j in range(7)})
+    except ValueError as error:
+        print("WRITTEN", i, error)
+        break
+"""
+    path = tmp_path / "store.sqlite"
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    written, message = done.stdout.split("WRITTEN ")[1].split(" ", 1)
+    assert "can't be used" in message and str(path) in message
+    with Store(path) as store:
+        keys = [f"{i}-{j}" for i in range(1000) for j in range(7)]
+        assert len(store.get("kind", keys)) == 7 * int(written) > 0
+        store.put("kind", {"more": b"x"})
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be made: .*; name another dataset_prepared_path"):
+        Store(tmp_path / "file" / "store.sqlite")

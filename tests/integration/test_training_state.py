@@ -259,7 +259,7 @@ model.config.a_set = {"one", "two", "three", "four"}
 print("KEY", weights_key(model, "cpu"))
 """
     keys = set()
-    for seed in "123":
+    for seed in "12":
         done = subprocess.run(
             [sys.executable, "-c", code, str(Path(__file__).parents[1])],
             capture_output=True,

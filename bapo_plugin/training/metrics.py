@@ -91,10 +91,14 @@ class Throughput:
         self._since: float | None = None
         self._paused = 0.0
 
+    def stop(self) -> None:
+        """Training ends, or is about to begin: what passes until the next step doesn't count."""
+        self._counts = self._since = None
+
     def start(self) -> None:
         """A step begins; the first call starts the clock."""
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since, self._paused = time.perf_counter(), 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -38,14 +38,26 @@ class NonFinite(TrainerCallback):
             )
 
     def finite_rows(
-        self, out: BAPOLoss, policy: ResponseLogps, reference: ResponseLogps, batch: dict[str, Any]
+        self,
+        out: BAPOLoss,
+        policy: ResponseLogps,
+        reference: ResponseLogps,
+        batch: dict[str, Any],
+        aux_loss: Tensor | None = None,
     ) -> Tensor | None:
         """Which rows of a training batch are finite, [n] bool, or None where all are; called before the backward pass.
+
+        Args:
+            out, policy, reference: of the rows, each [n].
+            batch: of a layout.
+            aux_loss: of MoE routers, a scalar.
 
         Raises:
             ValueError: not all, and that is to stop the run; step and rows are named.
         """
         values = {"loss": out.loss}
+        if aux_loss is not None:
+            values["router loss"] = aux_loss.expand_as(out.loss)
         for name in RESPONSES:
             values[f"log π_θ of {name}"] = getattr(policy, name)
             values[f"log π_ref of {name}"] = getattr(reference, name)

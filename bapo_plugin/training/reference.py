@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from bapo_plugin.rows.tokens import RESPONSES
 from bapo_plugin.scoring.collator import ROW, num_rows
-from bapo_plugin.scoring.reference import ReferenceCache, evaluating, reference_mode, weights_key
+from bapo_plugin.scoring.reference import (
+    COLUMN,
+    ReferenceCache,
+    evaluating,
+    reference_mode,
+    weights_key,
+)
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -46,6 +52,7 @@ class Reference:
         self._cache: ReferenceCache | None = None
         self._parts: list[_Part] = []
         self._pending: list[_Part] = []
+        self._numbered: set[str] = set()  # fingerprints of what `number` gave
         self._known = torch.zeros(0, len(RESPONSES))  # NaN where it is not computed
         wanted = trainer.bapo.precompute_ref_log_probs
         if trainer.is_fsdp1 and wanted:
@@ -73,8 +80,10 @@ class Reference:
             return None
         if isinstance(rows, dict):
             return {key: self.number(part, f"{name} {key}") for key, part in rows.items()}
-        if ROW in rows.column_names:
+        if rows._fingerprint in self._numbered:
             return rows
+        if ROW in rows.column_names:  # another trainer's numbers, or a column of the user's
+            rows = rows.remove_columns(ROW)
         for part in self._parts:
             if part.rows._fingerprint == rows._fingerprint:
                 break
@@ -84,11 +93,20 @@ class Reference:
             self._pending.append(part)
             nothing = torch.full((len(rows), len(RESPONSES)), torch.nan)
             self._known = torch.cat([self._known, nothing.to(self._known.device)])
-        return rows.add_column(ROW, np.arange(part.start, part.start + len(rows)))
+        numbered = rows.add_column(ROW, np.arange(part.start, part.start + len(rows)))
+        self._numbered.add(numbered._fingerprint)
+        return numbered
+
+    def _bring_their_own(self, batch: dict[str, Any]) -> bool:
+        numbers = batch[ROW].tolist() if ROW in batch else []
+        return any(COLUMN in self._part(number).rows.column_names for number in numbers)
+
+    def _part(self, number: int) -> _Part:
+        return next(p for p in reversed(self._parts) if p.start <= number)
 
     def describe(self, number: int) -> str:
         """The row, for messages."""
-        part = next(p for p in reversed(self._parts) if p.start <= number)
+        part = self._part(number)
         return f"row {number - part.start + 1} of the {part.name} rows"
 
     # ---------------------------------------------------------------- log-probs
@@ -203,7 +221,9 @@ class Reference:
                 policy = trainer.response_forward(model, unwrapped, batch).logps
         tolerance = _tolerance(batch, trainer.computes_in_half)
         problem = ""
-        for found, message in ((known, _STALE), (policy, _UNEQUAL)):
+        # log-probs that rows brought with them are the user's own affair
+        computed = None if self._bring_their_own(batch) else known
+        for found, message in ((computed, _STALE), (policy, _UNEQUAL)):
             if found is None or problem:
                 continue
             excess = (found - live).abs() - tolerance

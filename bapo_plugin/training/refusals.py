@@ -25,6 +25,8 @@ def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
         != "reverse_kl",
         "sync_ref_model": bool(args.sync_ref_model),
         "torch_compile": bool(args.torch_compile),
+        "train_sampling_strategy: group_by_length": getattr(args, "train_sampling_strategy", None)
+        == "group_by_length",
     }
     if wrong := [name for name, is_set in refused.items() if is_set]:
         raise ValueError(f"BAPO does not work with {', '.join(wrong)}; leave it at its default")

@@ -249,12 +249,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self.throughput.start()
         packs = packs_of(inputs)
         if not self._is_checked:
-            self._is_checked = True
             with self.throughput.paused():
                 first = self._prepare_inputs(packs[0])
                 self.reference.check(
                     model, first, self.starts_equal and self.state.global_step == 0
                 )
+            self._is_checked = True
         *others, last = packs
         loss = 0.0
         for pack in others:
@@ -309,7 +309,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
             metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
         if self.model.training and not inputs.get("is_repeated"):
-            finite = self.non_finite.finite_rows(out, policy_logps, reference_logps, inputs)
+            finite = self.non_finite.finite_rows(
+                out, policy_logps, reference_logps, inputs, aux if self.aux_loss_enabled else None
+            )
             if finite is not None:
                 metrics = {name: rows[finite] for name, rows in metrics.items()}
             self.row_metrics.add("train", metrics)
@@ -319,6 +321,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.throughput.stop()
         return super().train(checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -326,7 +329,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if self.accelerator.is_fsdp2 and adapters.load_adapter(model, resume_from_checkpoint):
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_deepspeed_enabled:  # which keeps and loads weights of its own
+        if not self.is_deepspeed_enabled and not self.is_fsdp1:  # they load weights of their own
             adapters.load_adapter(model, resume_from_checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:

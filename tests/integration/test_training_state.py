@@ -18,7 +18,7 @@ from tiny import make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.scoring import forward as forward_module
-from bapo_plugin.scoring.collator import SharedPrefixCollator
+from bapo_plugin.scoring.collator import ROW, SharedPrefixCollator
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.reference import weights_key
 from bapo_plugin.scoring.shared_prefix import install, uninstall
@@ -324,6 +324,42 @@ def test_speed_is_that_of_training(tmp_path):
         trainer.train()
     speeds = [e["tokens/s"] for e in trainer.state.log_history if "tokens/s" in e]
     assert len(speeds) == 2 and speeds[1] > speeds[0] / 4
+
+
+def test_an_evaluation_before_training_is_no_training_time(tmp_path):
+    trainer = bapo_trainer(
+        tmp_path, rows=make_rows(8), eval_rows=make_rows(200), eval_on_start=True
+    )
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.train()
+        time.sleep(2)
+    speeds = [e["tokens/s"] for e in trainer.state.log_history if "tokens/s" in e]
+    assert min(speeds) > 0 and max(speeds) < 8 * min(speeds)
+
+
+def test_row_numbers_of_others_do_not_count(tmp_path):
+    """Rows that another trainer has numbered, and a user's own column of that name."""
+    first = bapo_trainer(tmp_path, rows=make_rows(8), model=lora_model())
+    first.get_train_dataloader()
+    results = []
+    for with_column in (False, True):
+        trainer = bapo_trainer(tmp_path, rows=make_rows(6), model=lora_model())
+        randomize_lora(trainer.model, std=0.05)
+        rows = first.train_dataset
+        trainer.get_train_dataloader()
+        results.append(trainer.evaluate(rows if with_column else rows.remove_columns(ROW)))
+    for key in ("eval_loss", "eval_drift/chosen"):
+        assert results[0][key] == results[1][key]
+
+
+def test_rows_may_bring_their_own_reference(tmp_path):
+    trainer = bapo_trainer(tmp_path, rows=make_rows(4))
+    own = [[-9.0, -8.0, -7.0]] * 4
+    trainer.train_dataset = trainer.train_dataset.add_column("reference_logps", own)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["drift/chosen"] == pytest.approx(log["logps/chosen"] + 9, abs=1e-3)
 
 
 def test_a_retention_log_leaves_the_steps_own(tmp_path):

@@ -13,12 +13,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter whose training goes on
 
 
-def copy_to_reference(model: Any) -> None:
+def copy_to_reference(model: Any, goes_on: bool) -> None:
     """Make the adapter "ref" what the active adapter is, in values and dtypes.
 
-    TRL copies parameters whose names hold ".default.", which those of embeddings and trained tokens don't.
+    TRL copies parameters whose names hold ".default.", which those of embeddings and trained tokens don't. With
+    `target_parameters` TRL 1.9 makes no "ref", since PEFT before 0.20 couldn't.
+
+    Args:
+        model: a PEFT model; another one is left alone.
+        goes_on: whether it came with an adapter, of which there must be a copy.
     """
-    if not is_peft_model(model) or REFERENCE not in model.peft_config:
+    if not is_peft_model(model):
+        return
+    if goes_on and REFERENCE not in model.peft_config:
+        (active,) = model.active_adapters
+        model.add_adapter(REFERENCE, model.peft_config[active])
+    if REFERENCE not in model.peft_config:
         return
     (active,) = model.active_adapters
     state = get_peft_model_state_dict(model, adapter_name=active)

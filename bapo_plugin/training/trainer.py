@@ -108,10 +108,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 model = PeftModel.from_pretrained(args[0], path, is_trainable=True)
                 args = (model, *args[1:])
                 LOG.info(f"Loaded the adapter in {path}")
+        given = args[0] if args else kwargs.get("model")
+        goes_on = is_peft_model(given) and kwargs.get("peft_config") is None
         super().__init__(*args, **kwargs)
         if reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
-        adapters.copy_to_reference(self.model)
+        goes_on = goes_on and reference == "start" and self.ref_model is None
+        adapters.copy_to_reference(self.model, goes_on)
         for module in (self.model, self.ref_model):
             if module is not None:
                 keep_4bit_trainable_on_cpu(module)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from helpers import bapo_trainer, batch_of, lora_model, randomize_lora, training_args
 from safetensors.torch import load_file
-from tiny import make_model, make_rows, make_tokenizer
+from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.scoring import forward as forward_module
@@ -69,11 +69,14 @@ def test_log_probs_of_another_reference_are_found(tmp_path):
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5, 6, 7, 8, 9]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
     ],
-    ids=["embedding", "tokens", "head"],
+    ids=["embedding", "tokens", "head", "experts"],
 )
-def test_every_kind_of_adapter_goes_on_from_its_own_reference(tmp_path, lora):
-    model = lora_model("qwen2", **lora)
+def test_every_kind_of_adapter_goes_on_from_its_own_reference(tmp_path, monkeypatch, lora):
+    small = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", small)
+    model = lora_model("qwen3_moe" if "target_parameters" in lora else "qwen2", **lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _name, parameter in model.named_parameters():

@@ -22,6 +22,9 @@ _LOADING = (
     *("attn_implementation", "experts_implementation"),
 )
 
+# keys of the YAML that split a model over processes, switched off: commands that only read a model load it whole
+WHOLE = dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "deepspeed"))
+
 
 def reference_adapter(cfg: Any) -> str | None:
     """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`."""

@@ -17,6 +17,7 @@ from bapo_plugin.anchors.generate import shorten
 from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import shown
 from bapo_plugin.config import is_active
+from bapo_plugin.models import WHOLE
 from bapo_plugin.prepare import Preparation
 from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
 from bapo_plugin.rows.sources import Source
@@ -81,7 +82,7 @@ def explain_anchors(config: Path) -> None:
 
 
 def _open(config: Path) -> Preparation:
-    cfg = load_cfg(str(config))
+    cfg = load_cfg(str(config), **WHOLE)
     if not is_active(cfg):
         raise ValueError(
             f"{config} is not a configuration of BAPO: it needs `rl: bapo` (and, before axolotl 0.21, "

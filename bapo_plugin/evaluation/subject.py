@@ -19,7 +19,7 @@ from bapo_plugin.answers.prompts import Asker
 from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import is_active, parse_block
-from bapo_plugin.models import load_reference, reference_adapter
+from bapo_plugin.models import WHOLE, load_reference, reference_adapter
 from bapo_plugin.opening import template_date
 from bapo_plugin.training.callbacks import RECORD
 
@@ -128,7 +128,7 @@ def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject
 
 
 def _load(config: Any, name: str, folders: list[Path]) -> Subject:
-    cfg = load_cfg(config)
+    cfg = load_cfg(config, **WHOLE)
     if not isinstance(config, str):
         Path(cfg.axolotl_config_path).unlink(missing_ok=True)  # axolotl wrote it to read it again
     if not cfg.adapter:

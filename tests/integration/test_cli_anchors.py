@@ -63,6 +63,23 @@ def test_training_held_the_generated_responses(runs, folder):
     assert [entry for entry in log if "eval_drift/base" in entry]
 
 
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_bapo_anchors_loads_a_sharded_runs_model_whole(runs, folder, kind):
+    """So that its answers are there when training starts; DeepSpeed needn't be installed. They are those that
+    training without shards made."""
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True}
+    layers["transformer_layer_cls_to_wrap"] = "Qwen2DecoderLayer"
+    keys = {
+        "deepspeed": {"deepspeed": str(folder / "zero3.json")},
+        "fsdp": {"fsdp_version": 2, "fsdp_config": layers},
+    }
+    path = config(folder, output_dir=str(folder / kind), **keys[kind])
+    done = CliRunner().invoke(app, ["anchors", str(path)])
+    assert done.exit_code == 0, done.output
+    assert MADE not in done.output
+
+
 def test_evaluate_uses_the_same_responses(runs, folder):
     output = axolotl(folder, "evaluate", config(folder), "--launcher", "python")
     assert MADE not in output and PASS not in output

@@ -1,6 +1,8 @@
 """Models as a configuration's training loads them."""
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -44,6 +46,53 @@ def reference_spec(cfg: Any, adapter: str | None) -> ReferenceSpec:
     )
 
 
+def shards(cfg: Any) -> bool:
+    """Whether this process would get a part of a model only."""
+    sharded = cfg.fsdp or cfg.fsdp_config or is_deepspeed_zero3_enabled()
+    return bool(sharded) and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def answer_beside(cfg: Any) -> bool:
+    """Let `bapo anchors`, in a process of its own, make the base responses of a run that shards its model. It loads
+    the model whole, on this process's GPU; those of the other ranks share the work through the store.
+
+    Args:
+        cfg: axolotl's validated configuration; the YAML that it was read from is used.
+
+    Returns:
+        Whether that was needed and done; a server answers in any case.
+
+    Raises:
+        ValueError: it failed.
+    """
+    if not shards(cfg) or cfg.bapo.get("anchors", {}).get("engine") == "server":
+        return False
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "GROUP_")
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ours and not key.startswith(prefixes)
+    }
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = seen.split(",") if seen else list(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
+    LOG.info(
+        "Weights will be sharded: `bapo anchors` makes the base responses with the whole model"
+    )
+    command = [sys.executable, "-m", "bapo_plugin", "anchors", str(cfg.axolotl_config_path)]
+    quiet = None if rank == 0 else subprocess.DEVNULL
+    done = subprocess.run(command, env=environment, stdout=quiet, stderr=quiet)
+    if done.returncode:
+        raise ValueError(
+            f"`bapo anchors {cfg.axolotl_config_path}` failed with exit code {done.returncode} (its output stands above); if the "
+            "model doesn't fit on one GPU, let a server answer (bapo.anchors.engine: server)"
+        )
+    return True
+
+
 def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
     """The reference model: loaded by axolotl as for training, without the adapter to be trained.
 
@@ -55,8 +104,7 @@ def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
     Raises:
         ValueError: the run shards weights over several processes, which generation can't do.
     """
-    sharded = cfg.fsdp or cfg.fsdp_config or is_deepspeed_zero3_enabled()
-    if sharded and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if shards(cfg):
         raise ValueError(
             "rows lack base responses, and FSDP or ZeRO-3 shards the model that would make them; run `bapo "
             "anchors` on this YAML first (with bapo.anchors.engine: server, if the model doesn't fit on one GPU)"

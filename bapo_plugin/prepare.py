@@ -34,7 +34,7 @@ from bapo_plugin.answers.engine import Engine, Sampling
 from bapo_plugin.answers.server import ServerEngine
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.models import load_reference, reference_adapter, reference_spec
+from bapo_plugin.models import answer_beside, load_reference, reference_adapter, reference_spec
 from bapo_plugin.opening import Opening, store_path
 from bapo_plugin.rows.sources import Source, content_hash, lacks_bases
 from bapo_plugin.rows.table import Faults, check_long, finish, overlap, split_by_prompt
@@ -46,7 +46,6 @@ LOG = get_logger("axolotl." + __name__)
 # what prepared rows mean; rows of another format are not read
 FORMAT = 2
 SPLITS = ("datasets", "test_datasets")
-_CHAT = {"chat_template": False, "chat_template.default": False, "chat_template.argilla_chat": True}
 
 
 def load_datasets(cfg: Any) -> TrainDatasetMeta:
@@ -276,6 +275,8 @@ class Preparation:
         """Have the reference model answer what is not in the store; returns the `Summary`."""
         sources = [rows for parts in keyed.values() for rows in parts]
         plan = make_plan(sources, store, made_by, self.stop_ids)
+        if plan.requests and answer_beside(self.cfg):
+            plan = make_plan(sources, store, made_by, self.stop_ids)
         engine, on_start = self._engine(list(plan.requests.values()))
         summary = make_missing(plan, engine, store, self.tokenizer, on_start)
         for rows in sources:

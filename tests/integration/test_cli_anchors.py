@@ -4,11 +4,14 @@ import json
 
 import pytest
 from datasets import Dataset
-from helpers import axolotl, write_config
+from helpers import axolotl, preparation, write_config
 from tiny import make_rows, save_model, write_jsonl
 from typer.testing import CliRunner
 
+from bapo_plugin import prepare
 from bapo_plugin.cli import app
+from bapo_plugin.models import answer_beside, shards
+from bapo_plugin.prepare import prepare_rows
 
 MADE = "Making base responses"
 PASS = "Reference log-probs of the"
@@ -78,6 +81,31 @@ def test_bapo_anchors_loads_a_sharded_runs_model_whole(runs, folder, kind):
     done = CliRunner().invoke(app, ["anchors", str(path)])
     assert done.exit_code == 0, done.output
     assert MADE not in done.output
+
+
+def test_a_sharded_run_has_its_base_responses_made_beside_it(folder, monkeypatch):
+    """As one of two ranks sees it: the model is never loaded here, and all rows have a response."""
+    layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    layers["transformer_layer_cls_to_wrap"] = "Qwen2DecoderLayer"
+    places = {name: str(folder / "beside" / name) for name in ("prepared", "out")}
+    path = config(
+        folder,
+        dataset_prepared_path=places["prepared"],
+        output_dir=places["out"],
+        fsdp_version=2,
+        fsdp_config=layers,
+    )
+    work = preparation(path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(prepare, "load_reference", None)
+    assert shards(work.cfg)
+    train, evaluation = prepare_rows(work.cfg, work.tokenizer)
+    assert len(train) + len(evaluation) == 16
+    assert all(row["base_ids"] for rows in (train, evaluation) for row in rows)
+    bad = config(folder, base_model=str(folder / "none"), output_dir=places["out"])
+    work.cfg.axolotl_config_path = str(bad)
+    with pytest.raises(ValueError, match=r"bapo anchors .* failed with exit code .*engine: server"):
+        answer_beside(work.cfg)
 
 
 def test_evaluate_uses_the_same_responses(runs, folder):

@@ -96,6 +96,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if training_args is not None:
             # TRL makes the adapter before Trainer sets the seed: without this, no two runs are alike
             set_seed(training_args.seed)
+            if multiple := getattr(kwargs.get("data_collator"), "pad_to_multiple_of", None):
+                training_args.pad_to_multiple_of = multiple  # axolotl's key, in axolotl's collator
         reference = self.bapo.reference
         if getattr(training_args, "bapo_has_adapter", False) and not is_peft_model(args[0]):
             path = training_args.bapo_adapter_dir

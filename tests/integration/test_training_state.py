@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from datasets import Dataset
-from helpers import bapo_trainer, batch_of, lora_model, randomize_lora, training_args
+from helpers import bapo_trainer, batch_of, fresh_lora, lora_model, randomize_lora, training_args
 from safetensors.torch import load_file
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
 
@@ -23,6 +24,8 @@ from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.reference import weights_key
 from bapo_plugin.scoring.shared_prefix import install, uninstall
 from bapo_plugin.training.checkpoints import whole_checkpoint
+from bapo_plugin.training.refusals import adapter_to_evaluate
+from bapo_plugin.training.retention import RetentionCallback
 
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
@@ -327,6 +330,61 @@ def test_speed_is_that_of_training(tmp_path):
         trainer.train()
     speeds = [e["tokens/s"] for e in trainer.state.log_history if "tokens/s" in e]
     assert len(speeds) == 2 and speeds[1] > speeds[0] / 4
+
+
+@pytest.mark.parametrize("shared", ["require", "off"])
+def test_axolotls_padding_reaches_our_layout(tmp_path, shared):
+    trainer = BAPOTrainer(
+        make_model(vocab_size=len(make_tokenizer())),
+        args=training_args(tmp_path / "out"),
+        train_dataset=Dataset.from_list(make_rows(3)),
+        processing_class=make_tokenizer(),
+        peft_config=fresh_lora(),
+        bapo=BAPOConfig(shared_prefix=shared),
+        data_collator=AxolotlDPODataCollatorWithPadding(pad_to_multiple_of=64),
+    )
+    assert batch_of(trainer)["input_ids"].shape[1] % 64 == 0
+
+
+def test_retention_measures_the_weights_that_count(tmp_path):
+    """Schedule-free optimisers keep an average beside what is trained."""
+    trainer = bapo_trainer(
+        tmp_path,
+        rows=make_rows(4),
+        eval_rows=make_rows(3),
+        bapo={"retention": {"prompts": 2, "every": 1}},
+    )
+    modes, measured = ["train"], []
+    (callback,) = [
+        c for c in trainer.callback_handler.callbacks if isinstance(c, RetentionCallback)
+    ]
+    measure = callback.measure
+
+    def watched():
+        measured.append(modes[-1])
+        return measure()
+
+    callback.measure = watched
+    create = trainer.create_optimizer
+
+    def with_modes(*args):
+        optimizer = create(*args)
+        optimizer.train = lambda: modes.append("train")
+        optimizer.eval = lambda: modes.append("eval")
+        return optimizer
+
+    trainer.create_optimizer = with_modes
+    trainer.train()
+    assert measured == ["eval"] and modes[-1] == "train"
+
+
+def test_evaluation_takes_the_runs_own_adapter(tmp_path):
+    """That of output_dir, and where there is none that of lora_model_dir."""
+    with pytest.raises(ValueError, match="no trained adapter to evaluate; train first"):
+        adapter_to_evaluate(str(tmp_path), None)
+    assert adapter_to_evaluate(str(tmp_path), "start") == "start"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert adapter_to_evaluate(str(tmp_path), "start") == str(tmp_path)
 
 
 def test_an_evaluation_before_training_is_no_training_time(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from helpers import preparation, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
-from bapo_plugin import prepare
+from bapo_plugin import models, prepare
 from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import Answer, Request, Sampling
 from bapo_plugin.answers.transformers import TransformersEngine, _SeededSampling
@@ -410,6 +410,9 @@ def test_the_date_of_a_template_stays_that_of_the_first_rendering(folder, loads)
 
 
 def test_sharded_weights_cannot_generate(folder, monkeypatch):
+    """Where what was made beside the run isn't what it lacks."""
+    nothing = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(models.subprocess, "run", lambda *args, **kwargs: nothing)
     work = preparation(config(folder))
     work.cfg.fsdp_config = {"reshard_after_forward": True}
     monkeypatch.setenv("WORLD_SIZE", "2")

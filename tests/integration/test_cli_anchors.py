@@ -1,6 +1,7 @@
 """A DPO data set without base responses, through axolotl's commands and `bapo anchors`."""
 
 import json
+import os
 
 import pytest
 from datasets import Dataset
@@ -66,8 +67,17 @@ def test_training_held_the_generated_responses(runs, folder):
     assert [entry for entry in log if "eval_drift/base" in entry]
 
 
+@pytest.fixture
+def environment():
+    """Put back afterwards: axolotl notes there that FSDP is on, and our command how much is logged."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
-def test_bapo_anchors_loads_a_sharded_runs_model_whole(runs, folder, kind):
+def test_bapo_anchors_loads_a_sharded_runs_model_whole(runs, folder, environment, kind):
     """So that its answers are there when training starts; DeepSpeed needn't be installed. They are those that
     training without shards made."""
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
@@ -83,7 +93,7 @@ def test_bapo_anchors_loads_a_sharded_runs_model_whole(runs, folder, kind):
     assert MADE not in done.output
 
 
-def test_a_sharded_run_has_its_base_responses_made_beside_it(folder, monkeypatch):
+def test_a_sharded_run_has_its_base_responses_made_beside_it(folder, environment, monkeypatch):
     """As one of two ranks sees it: the model is never loaded here, and all rows have a response."""
     layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     layers["transformer_layer_cls_to_wrap"] = "Qwen2DecoderLayer"

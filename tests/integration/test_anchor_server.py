@@ -111,9 +111,6 @@ class Server:
                 self.reply(request, status, json.dumps(answer).encode())
         except OSError:
             pass  # the client went away
-        finally:
-            with self._lock:
-                self.now -= 1
 
     def complete(self, body):
         if self.takes == "strict" and "stop_token_ids" in body:
@@ -140,8 +137,9 @@ class Server:
             choice["token_ids"] = out
         return 200, {"choices": [choice], "usage": usage}
 
-    @staticmethod
-    def reply(request, status, data, headers=None):
+    def reply(self, request, status, data, headers=None):
+        with self._lock:  # before the answer: with it in hand the client may ask again at once
+            self.now -= 1
         request.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
             request.send_header(name, value)

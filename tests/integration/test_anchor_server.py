@@ -99,9 +99,11 @@ class Server:
         time.sleep(self.pause)
         try:
             if fault == "drop":
+                self.done()
                 request.connection.shutdown(socket.SHUT_RDWR)
             elif fault == "slow":
                 time.sleep(3)
+                self.done()
             elif fault == "garbage":
                 self.reply(request, 200, b"<html>not an API</html>")
             elif isinstance(fault, int):
@@ -137,9 +139,13 @@ class Server:
             choice["token_ids"] = out
         return 200, {"choices": [choice], "usage": usage}
 
-    def reply(self, request, status, data, headers=None):
-        with self._lock:  # before the answer: with it in hand the client may ask again at once
+    def done(self):
+        """Before the answer: with it in hand the client may ask again at once."""
+        with self._lock:
             self.now -= 1
+
+    def reply(self, request, status, data, headers=None):
+        self.done()
         request.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
             request.send_header(name, value)

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bapo_kernels import sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
@@ -32,7 +33,6 @@ _NOT_FOR_MODEL = (
     *("response_index", "response_labels", "cu_seqlens", "layout", "token_counts"),
     *(ROW, "is_repeated"),
 )
-
 
 _TRIES = 3
 _HALF_CHUNK = 2**29  # bytes; half of what bapo_kernels takes on a GPU
@@ -229,13 +229,9 @@ def within(
         function: what is to be done with the model; it has no arguments.
         inputs: tensors for wrappers that look at what a forward gets.
     """
-    if model is unwrapped and not _is_fsdp2(model):
+    if model is unwrapped and not isinstance(model, FSDPModule):  # FSDP 2 wraps in place
         return function()
     return ForwardRedirection()(model, unwrapped, lambda **_: function(), **inputs)
-
-
-def _is_fsdp2(model: nn.Module) -> bool:
-    return type(model).__name__.startswith("FSDP")
 
 
 def response_logits(

@@ -25,12 +25,12 @@ def copy_to_reference(model: Any, goes_on: bool) -> None:
     """
     if not is_peft_model(model):
         return
-    if goes_on and REFERENCE not in model.peft_config:
-        (active,) = model.active_adapters
-        model.add_adapter(REFERENCE, model.peft_config[active])
-    if REFERENCE not in model.peft_config:
+    exists = REFERENCE in model.peft_config
+    if not exists and not goes_on:
         return
     (active,) = model.active_adapters
+    if not exists:
+        model.add_adapter(REFERENCE, model.peft_config[active])
     state = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, state, adapter_name=REFERENCE)
     own = dict(model.named_parameters())
@@ -64,13 +64,14 @@ def load_adapter(model: Any, checkpoint: str | Path) -> bool:
         return False
     (active,) = model.active_adapters
     own = get_peft_model_state_dict(model, adapter_name=active)  # shares memory with the parameters
-    for name, saved in load_file(path).items():
+    file = load_file(path)
+    for name, saved in file.items():
         target = own.get(name)
         if target is not None and target.shape == saved.shape:
             with torch.no_grad():
                 target.copy_(_as(saved, target))
     found = get_peft_model_state_dict(model, adapter_name=active)
-    for name, saved in load_file(path).items():
+    for name, saved in file.items():
         loaded = found.get(name)
         if isinstance(loaded, DTensor):
             loaded = loaded.full_tensor()

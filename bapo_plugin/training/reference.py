@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object, is_peft_model
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
 
 LOG = get_logger("axolotl." + __name__)
+
+
+def first_of_all(reason: str | None, accelerator: Accelerator) -> str | None:
+    """The first reason that any process has, the same on all; None where none has one. All call it together."""
+    reasons = gather_object([reason]) if accelerator.num_processes > 1 else [reason]
+    return next(filter(None, reasons), None)
 
 
 class _Part(NamedTuple):
@@ -185,7 +192,7 @@ class Reference:
     def _key(self, model: nn.Module) -> str:
         trainer, accelerator = self._trainer, self._trainer.accelerator
         device = trainer.args.device.type
-        layout = type(trainer.data_collator).__name__
+        layout = type(trainer.layout).__name__
         key = weights_key(
             model, f"{device} {accelerator.mixed_precision} {trainer.bapo.kernel} {layout}"
         )
@@ -233,8 +240,7 @@ class Reference:
                 row = self.describe(int(batch[ROW][worst % n])) if ROW in batch else "a row"
                 response, off = RESPONSES[worst // n], float((found - live)[worst])
                 problem = message.format(row=row, response=response, off=off)
-        problems = gather_object([problem]) if trainer.accelerator.num_processes > 1 else [problem]
-        if problem := next(filter(None, problems), None):
+        if problem := first_of_all(problem, trainer.accelerator):
             raise ValueError(problem)
         if starts_equal:
             off = (policy - live).abs().max().item()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
@@ -32,7 +32,7 @@ from bapo_plugin.training.checkpoints import begin_checkpoint, whole_checkpoint
 from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
 from bapo_plugin.training.non_finite import NonFinite
 from bapo_plugin.training.packs import collecting_gradients, equal_passes, packs_of
-from bapo_plugin.training.reference import Reference
+from bapo_plugin.training.reference import Reference, first_of_all
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
 from bapo_plugin.training.retention import RetentionCallback
 from bapo_plugin.training.rows import tokenized
@@ -196,13 +196,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
             checkpointing=self.args.gradient_checkpointing_kwargs,
             refused=reason,
             device=self.accelerator.device if self.is_sharded else None,
-            agree=self._first_reason,
+            agree=lambda reason: (
+                first_of_all(reason, self.accelerator) if self.is_sharded else reason
+            ),
         )
-
-    def _first_reason(self, reason: str | None) -> str | None:
-        if self.accelerator.num_processes == 1 or not self.is_sharded:
-            return reason
-        return next(filter(None, gather_object([reason or ""])), None)
 
     def when_sharded(self) -> None:
         """What needs the model's weights and can't be done before they are sharded: after that, before the first
@@ -211,10 +208,14 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self._tell_what_sharing_saves()
         self.reference.fill(self.model_wrapped)
 
+    @property
+    def layout(self) -> PaddedCollator | SharedPrefixCollator:
+        """What collates batches, chosen before or after sharding."""
+        return getattr(self.data_collator, "chosen", self.data_collator)
+
     def collate(self, rows: list[dict]) -> dict[str, Any]:
         """Rows as one batch of the layout, however many tokens they have."""
-        layout = getattr(self.data_collator, "chosen", self.data_collator)
-        return getattr(layout, "pack", layout)(rows)
+        return getattr(self.layout, "pack", self.layout)(rows)
 
     def get_train_dataloader(self) -> Any:
         self.train_dataset = self.reference.number(self.train_dataset, "training")
@@ -226,11 +227,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return super().get_train_dataloader()
 
     def _tell_what_sharing_saves(self) -> None:
-        layout = getattr(self.data_collator, "chosen", self.data_collator)
-        if isinstance(layout, SharedPrefixCollator):
+        if isinstance(self.layout, SharedPrefixCollator):
             n = min(self.args.per_device_train_batch_size, len(self.train_dataset))
             rows = [self.train_dataset[i] for i in range(n)]
-            shared = layout.pack(rows)["token_counts"][0]
+            shared = self.collate(rows)["token_counts"][0]
             padded = PaddedCollator(0)(rows)["token_counts"][0]
             LOG.info(
                 f"shared prefix: {shared:,} tokens instead of {padded:,} for the first {n} rows"

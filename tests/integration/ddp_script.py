@@ -129,8 +129,7 @@ def main(
         assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
     if kind == "zero3":
         assert all(p.numel() == 0 for p in trainer.model.parameters())
-    layout = getattr(trainer.data_collator, "chosen", trainer.data_collator)
-    assert type(layout) is SharedPrefixCollator and trainer.reference.precomputed
+    assert type(trainer.layout) is SharedPrefixCollator and trainer.reference.precomputed
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bapo_kernels import chunked
-from bapo_kernels.reference import SequenceLogps
+from bapo_kernels.divergence import SequenceDivergence
+from bapo_kernels.reference import SequenceKL, SequenceLogps
 
 BACKENDS = ("auto", "triton", "torch")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -84,6 +85,85 @@ def sequence_logprobs(
         token_logps=token_logps.detach(),
         entropy=entropy.detach() if return_entropy else None,
     )
+
+
+def sequence_kl(
+    hidden_states: Tensor,
+    reference_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_bytes: int | None = None,
+) -> SequenceKL:
+    """KL(softmax(cap(r)) || softmax(cap(z))) of each sequence, z and r the logits of both states.
+
+    Both distributions come from the same frozen head, so the reference's hidden states stand for
+    its distribution. No [T, V] tensor is ever made; logits are fp32 whatever the inputs' dtype. The
+    definition is ``bapo_kernels.reference``.
+
+    Args:
+        hidden_states: [T, H] bf16, fp16, fp32 or fp64 of the policy.
+        reference_hidden_states: [T, H] of the reference, same dtype and device; no gradient.
+        lm_head_weight: [V, H], same dtype and device, frozen (inside autocast states are cast to its
+            dtype).
+        cu_seqlens: [S + 1], as in :func:`sequence_logprobs`.
+        bias, logit_scale, logit_softcap: as in :func:`sequence_logprobs`.
+        chunk_bytes: temporary memory, bytes; None takes the device's default (256 MiB on a CPU, else
+            1 GiB). At least one token's logits of both models are held.
+
+    Returns:
+        SequenceKL, nats. Only ``sum`` carries a gradient, for hidden_states. First derivatives only.
+
+    Raises:
+        ValueError: a head that trains; shapes, dtypes, devices or values that don't fit.
+        TypeError: a head in 8- or 4-bit or otherwise wrapped storage.
+    """
+    _check_head(lm_head_weight)
+    if torch.is_grad_enabled() and (
+        lm_head_weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        raise ValueError(
+            "lm_head_weight or bias needs a gradient: the reference's distribution is taken through the same "
+            "head, which must not change; freeze it"
+        )
+    device = hidden_states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        hidden_states = hidden_states.to(lm_head_weight.dtype)
+        reference_hidden_states = reference_hidden_states.to(lm_head_weight.dtype)
+    if reference_hidden_states.shape != hidden_states.shape:
+        raise ValueError(
+            f"reference_hidden_states must be as hidden_states, {tuple(hidden_states.shape)}; got "
+            f"{tuple(reference_hidden_states.shape)}"
+        )
+    if reference_hidden_states.dtype != hidden_states.dtype:
+        raise ValueError(
+            f"hidden_states are {hidden_states.dtype}, reference_hidden_states "
+            f"{reference_hidden_states.dtype}: cast one"
+        )
+    if reference_hidden_states.device != hidden_states.device:
+        raise ValueError(
+            f"hidden_states are on {hidden_states.device}, reference_hidden_states on "
+            f"{reference_hidden_states.device}"
+        )
+    no_labels = torch.zeros(hidden_states.shape[:1], dtype=torch.int64, device="cpu")
+    _check_devices(hidden_states, lm_head_weight, hidden_states, cu_seqlens, bias)
+    _check_shapes(hidden_states, lm_head_weight, no_labels, cu_seqlens, bias)
+    _check_options(hidden_states, logit_scale, logit_softcap, "torch", chunk_bytes)
+    chunked._check_values(no_labels, cu_seqlens, hidden_states.shape[0], lm_head_weight.shape[0])
+    sums, token_kl = SequenceDivergence.apply(
+        hidden_states,
+        reference_hidden_states.detach(),
+        lm_head_weight,
+        bias,
+        cu_seqlens,
+        float(logit_scale),
+        None if logit_softcap is None else float(logit_softcap),
+        chunk_bytes or 0,
+    )
+    return SequenceKL(sums, token_kl)
 
 
 def _check_head(weight: Tensor) -> None:

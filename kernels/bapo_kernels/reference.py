@@ -77,3 +77,48 @@ def sequence_logprobs_reference(
     if return_entropy:
         entropy = -(all_logps.exp() * all_logps).sum(-1).detach()
     return SequenceLogps(sums, lengths.to(torch.int32), token_logps.detach(), entropy)
+
+
+class SequenceKL(NamedTuple):
+    """What :func:`bapo_kernels.sequence_kl` returns, in nats.
+
+    Attributes:
+        sum: [S] fp32 (fp64 for fp64 inputs), KL of each sequence, summed over its tokens. The only
+            differentiable field.
+        token_kl: [T] like ``sum``, KL of each token's distribution; detached.
+    """
+
+    sum: Tensor
+    token_kl: Tensor
+
+
+def sequence_kl_reference(
+    hidden_states: Tensor,
+    reference_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> SequenceKL:
+    """Same arguments and result as :func:`bapo_kernels.sequence_kl`, in plain torch."""
+    dtype = compute_dtype(hidden_states.dtype)
+
+    def log_probs(states: Tensor) -> Tensor:
+        logits = F.linear(
+            states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
+        logits = logits * logit_scale
+        if logit_softcap is not None:
+            logits = logit_softcap * torch.tanh(logits / logit_softcap)
+        return torch.log_softmax(logits, dim=-1)
+
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        policy, fixed = log_probs(hidden_states), log_probs(reference_hidden_states.detach())
+        token_kl = (fixed.exp() * (fixed - policy)).sum(-1)
+    cu_seqlens = cu_seqlens.to(hidden_states.device)
+    sums = token_kl.new_zeros(cu_seqlens.numel() - 1).index_add(
+        0, segment_ids(cu_seqlens, token_kl.numel()), token_kl
+    )
+    return SequenceKL(sums, token_kl.detach())

@@ -205,3 +205,31 @@ class RetentionConfig(Block):
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1")
         return value
+
+
+class KeepConfig(Block):
+    """`bapo.keep`: prompts without preferences whose former answers are held too."""
+
+    prompts: str = Field(
+        pattern=r"\.(txt|jsonl)$",
+        json_schema_extra={
+            "description": "File: .txt with a prompt on each line, or .jsonl with a column `prompt`. The reference model "
+            "answers them before training, as it does for rows (`bapo.anchors`)."
+        },
+    )
+    weight: float = Field(
+        default=0.1,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "Weight of the KL divergence KL(π_ref ‖ π_θ) of the former answers (nats an answer, mean over "
+            "the step's prompts)."
+        },
+    )
+    per_step: int = Field(
+        default=4,
+        ge=1,
+        json_schema_extra={
+            "description": "Prompts in each optimiser step, over its micro-batches and all GPUs."
+        },
+    )

@@ -13,31 +13,48 @@ from pydantic import (
     model_validator,
 )
 
-from bapo_plugin.blocks import AnchorsConfig, AnchorServerConfig, Block, RetentionConfig
+from bapo_plugin.blocks import (
+    AnchorsConfig,
+    AnchorServerConfig,
+    Block,
+    KeepConfig,
+    RetentionConfig,
+)
 from bapo_plugin.loss import AnchorLoss, AnchorPlacement, AnchorReduction
 
+# nats a token: a former answer becomes 5% less likely with each of its tokens
+DRIFT_LIMIT = 0.05
 TRAINER_CLS = "bapo_plugin.training.trainer.BAPOTrainer"
 
 
 class BAPOConfig(Block):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
 
-    anchor_weight: float = Field(
+    anchor_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         default=0.03,
-        ge=0,
-        allow_inf_nan=False,
         json_schema_extra={
             "description": "Weight λ of the anchor, in the unit of rl_beta. The default is 0.3 of the default β: the fastest "
             "learning that keeps former answers within 2 nats (benchmarks/forgetting.py). With λ = β the anchor "
             "outweighs the preference loss, which gains at most β for each nat, on any base response that has lost "
-            "likelihood: it holds closer and learns more slowly. 0 gives DPO."
+            "likelihood: it holds closer and learns more slowly. 0 gives DPO. auto: found while training, so that "
+            "base responses lose `drift_limit`."
+        },
+    )
+    drift_limit: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token. "
+            f"Default: {DRIFT_LIMIT}"
         },
     )
     anchor_loss: AnchorLoss = Field(
         default="hinge",
         json_schema_extra={
             "description": "Penalty on the drift Δ of the base response: hinge max(0, −Δ), absolute |Δ|, "
-            "squared Δ², nll −log π(y_b|x)."
+            "squared Δ², nll −log π(y_b|x). kl: KL(π_ref ‖ π_θ) over its tokens, which holds the whole "
+            "distribution and costs a pass of the reference over prompt and base response in each step."
         },
     )
     anchor_reduction: AnchorReduction = Field(
@@ -113,6 +130,12 @@ class BAPOConfig(Block):
             "description": "Log how well the model keeps its former answers during training: `RetentionConfig`."
         },
     )
+    keep: KeepConfig | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Hold former answers to prompts outside the preference data too: `KeepConfig`."
+        },
+    )
     on_faulty: Literal["error", "drop"] = Field(
         default="error",
         json_schema_extra={
@@ -138,6 +161,24 @@ class BAPOConfig(Block):
     @classmethod
     def _yaml_off(cls, value):
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _budget(self):
+        if self.anchor_weight != "auto":
+            if self.drift_limit is not None:
+                raise ValueError(
+                    f"drift_limit: {self.drift_limit} has no effect with anchor_weight: {self.anchor_weight}; set "
+                    "anchor_weight: auto, or remove the line"
+                )
+            return self
+        if self.anchor_loss == "nll":
+            raise ValueError(
+                "anchor_weight: auto steers by what base responses have lost, which anchor_loss: nll doesn't measure; take "
+                "hinge or kl"
+            )
+        if self.drift_limit is None:
+            self.drift_limit = DRIFT_LIMIT
+        return self
 
     @model_validator(mode="after")
     def _nll_is_additive(self):
@@ -197,6 +238,7 @@ _BLOCKS = {
     ("anchors",): AnchorsConfig,
     ("anchors", "server"): AnchorServerConfig,
     ("retention",): RetentionConfig,
+    ("keep",): KeepConfig,
 }
 
 

@@ -11,10 +11,13 @@ Symbols (all log-probabilities in nats, summed over the tokens of a response; n 
     L(θ) = L_pref(δ − λ · A(Δ_b))                anchor_placement="margin"     (as in DPOP)
 
     A(Δ) = max(0, −Δ)  "hinge" (default)  |  |Δ|  "absolute"  |  Δ²  "squared"  |  −log π_θ(y_b|x)  "nll"
+           |  Σ_t KL( π_ref(·|x, y_b<t) ‖ π_θ(·|x, y_b<t) )  "kl"
 
 The preference loss pulls the policy to the user's taste; the anchor A holds the likelihood of the
-model's own former answer to what it was. All forms but "nll" have zero gradient at θ = θ_ref: the
-anchor acts only once the policy has drifted.
+model's own former answer to what it was, or with "kl" its whole distribution at each of the answer's
+tokens: for an answer drawn from π_ref the mean of −Δ_b *is* that divergence, so the others are
+estimates of it from one sample. All forms but "nll" have zero gradient at θ = θ_ref: the anchor acts
+only once the policy has drifted.
 
 Sources: BAPO, Lee et al., Findings of EMNLP 2024 (arXiv 2407.00693); DPO, Rafailov et al. 2023
 (2305.18290); IPO, Azar et al. 2023 (2310.12036); robust DPO, Chowdhury et al. 2024 (2403.00409);
@@ -38,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AnchorLoss = Literal["hinge", "absolute", "squared", "nll"]
+AnchorLoss = Literal["hinge", "absolute", "squared", "nll", "kl"]
 AnchorReduction = Literal["sum", "mean"]
 AnchorPlacement = Literal["additive", "margin"]
 PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair"]
@@ -121,16 +124,20 @@ def preference_loss(
     return (1 - eps) * keep + eps * flip  # sigmoid, sigmoid_norm
 
 
-def anchor_penalty(drift: Tensor, policy_logps: Tensor, anchor_loss: str) -> Tensor:
+def anchor_penalty(
+    drift: Tensor, policy_logps: Tensor, anchor_loss: str, divergence: Tensor | None = None
+) -> Tensor:
     """A(Δ_b) per row, not yet weighted.
 
     Args:
         drift: Δ_b, [n], nats (per response, or per token with anchor_reduction="mean").
         policy_logps: log π_θ(y_b|x), [n], in the same unit; only "nll" reads it.
         anchor_loss: one of `ANCHOR_LOSSES`.
+        divergence: KL(π_ref ‖ π_θ) over the base response's tokens, [n], in the same unit; only "kl"
+            reads it.
 
     Raises:
-        ValueError: unknown `anchor_loss`.
+        ValueError: unknown `anchor_loss`, or "kl" without `divergence`.
     """
     if anchor_loss == "hinge":
         return torch.relu(-drift)
@@ -140,6 +147,10 @@ def anchor_penalty(drift: Tensor, policy_logps: Tensor, anchor_loss: str) -> Ten
         return drift.square()
     if anchor_loss == "nll":
         return -policy_logps
+    if anchor_loss == "kl":
+        if divergence is None:
+            raise ValueError("anchor_loss 'kl' needs `divergence`")
+        return divergence
     raise ValueError(f"anchor_loss {anchor_loss!r} is not one of {', '.join(ANCHOR_LOSSES)}")
 
 
@@ -147,12 +158,13 @@ def bapo_loss(
     policy: ResponseLogps,
     reference: ResponseLogps,
     num_tokens: ResponseLogps | None = None,
+    divergence: Tensor | None = None,
     *,
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    anchor_weight: float = 0.03,
+    anchor_weight: float | Tensor = 0.03,
     anchor_loss: str = "hinge",
     anchor_reduction: str = "sum",
     anchor_placement: str = "additive",
@@ -164,9 +176,11 @@ def bapo_loss(
         reference: log π_ref of the same, without gradient.
         num_tokens: response lengths in tokens, 3 × [n]; needed by "ipo", "sigmoid_norm" and
             `anchor_reduction="mean"`, which divide by them.
+        divergence: KL(π_ref ‖ π_θ) of the base responses, [n], nats, summed over tokens; needed by
+            `anchor_loss="kl"`.
         beta, loss_type, label_smoothing: see `preference_loss`; several loss types are summed with
             `loss_weights` (default 1 each).
-        anchor_weight: λ ≥ 0.
+        anchor_weight: λ ≥ 0, a number or a scalar on the same device.
         anchor_loss: one of `ANCHOR_LOSSES`.
         anchor_reduction: "sum" anchors the whole response, "mean" the mean over its tokens.
         anchor_placement: "additive", or "margin", which subtracts λ·A from the margin inside the
@@ -179,7 +193,7 @@ def bapo_loss(
     weights = [1.0] * len(loss_types) if loss_weights is None else list(loss_weights)
     if len(weights) != len(loss_types):
         raise ValueError(f"{len(loss_types)} loss types but {len(weights)} loss_weights")
-    if anchor_weight < 0:
+    if not isinstance(anchor_weight, Tensor) and anchor_weight < 0:
         raise ValueError(f"anchor_weight must be >= 0, got {anchor_weight}")
     if anchor_reduction not in ANCHOR_REDUCTIONS or anchor_placement not in ANCHOR_PLACEMENTS:
         raise ValueError(
@@ -198,7 +212,8 @@ def bapo_loss(
     if anchor_reduction == "mean":
         length = num_tokens.base.clamp(min=1)
         base, policy_base = base / length, policy_base / length
-    penalty = anchor_weight * anchor_penalty(base, policy_base, anchor_loss)  # [n]
+        divergence = None if divergence is None else divergence / length
+    penalty = anchor_weight * anchor_penalty(base, policy_base, anchor_loss, divergence)  # [n]
 
     preference = torch.zeros_like(chosen)
     shifted = torch.zeros_like(chosen)
@@ -215,10 +230,12 @@ def bapo_loss(
             shifted = shifted + weight * preference_loss(margin - penalty, name, **options)
     loss = shifted if anchor_placement == "margin" else preference + penalty
 
-    if anchor_weight == 0:
+    if not isinstance(anchor_weight, Tensor) and anchor_weight == 0:
         active = torch.zeros_like(base)
     elif anchor_loss == "nll":
         active = torch.ones_like(base)
+    elif anchor_loss == "kl":
+        active = (divergence > 0).to(base.dtype)
     else:
         active = ((base < 0) if anchor_loss == "hinge" else (base != 0)).to(base.dtype)
     # loss = preference + anchor holds exactly in both placements

@@ -1,12 +1,15 @@
 """Rows to tensors, in two layouts: padded rows, or one packed row in which responses share their prompt.
 
+Besides n preference rows a batch may hold m kept prompts (`bapo.keep`): rows with only a base response. Its sequences
+are all chosen, all rejected, all base responses, then those of kept prompts: 3n + m.
+
 In both, `token_counts` [3] has the tokens that are computed, those of them that are not padding, and
 those that three separate rows would have.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +19,13 @@ from bapo_plugin.scoring.shared_prefix import Layout, Segment
 # column of a row: its number among all rows that a trainer knows. A batch brings it to the loss, where what is known
 # of the row is looked up: numbers stay whole, while DeepSpeed casts every float of a batch to its own 16-bit type.
 ROW = "row_number"
+# of a batch: the numbers of its kept prompts, [m]
+KEPT = "kept_number"
+# of a batch: prompts with only their base response, for the reference to compute its distribution on
+ANCHORED = "anchored"
+
+
+Anchored = Literal["none", "kept", "all"]
 
 
 @dataclass
@@ -30,6 +40,8 @@ class PaddedCollator:
     Args:
         pad_token_id: fills up on the right; it is masked out.
         pad_to_multiple_of: round L up to a multiple.
+        anchored: the rows whose base responses are also given alone, as the batch "anchored": "none", those of
+            "kept" prompts, or "all".
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
@@ -44,17 +56,25 @@ class PaddedCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    anchored: Anchored = "none"
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask [3n, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + 1] int32; token_counts; row_number [n] int64 where the rows have one."""
-        prompts = [row["prompt_ids"] for row in rows] * len(RESPONSES)
-        responses = [row[f"{name}_ids"] for name in RESPONSES for row in rows]
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns input_ids, attention_mask [3n + m, L] int64; response_index, response_labels [T] int64;
+        cu_seqlens [3n + m + 1] int32; token_counts; row_number [n] and kept_number [m] int64 where the rows have
+        one; anchored."""
+        batch = self._pad(_in_order(rows)) | _numbers(rows)
+        if anchored := _only_base(rows, self.anchored):
+            batch[ANCHORED] = self._pad(_in_order(anchored))
+        return batch
+
+    def _pad(self, sequences: list[tuple[int, dict[str, Any], str]]) -> dict[str, torch.Tensor]:
+        prompts = [row["prompt_ids"] for _, row, _ in sequences]
+        responses = [row[key] for _, row, key in sequences]
         batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         separate = sum(map(len, prompts)) + sum(map(len, responses))
         counts = [batch["input_ids"].numel(), separate, separate]
         batch["token_counts"] = torch.tensor(counts)
-        return batch | _row_numbers(rows)
+        return batch
 
 
 def pad_sequences(
@@ -98,6 +118,7 @@ class SharedPrefixCollator:
         pad_to_multiple_of: fill the row up with a segment of its own that nothing else sees.
         tokens_per_batch: with more tokens than this, a batch is split into packs that the trainer takes one
             after another. A single row is never split.
+        anchored: see `PaddedCollator`.
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "base_ids": [6, 7]}]
@@ -113,6 +134,7 @@ class SharedPrefixCollator:
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
     tokens_per_batch: int | None = None
+    anchored: Anchored = "none"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of `pack`, or {"packs": such batches, "order": [n] the rows' places in the micro-batch,
@@ -132,19 +154,26 @@ class SharedPrefixCollator:
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
-        cu_seqlens [3n + 1] int32; layout; token_counts; row_number [n] int64 where the rows have one."""
+        cu_seqlens [3n + m + 1] int32; layout; token_counts; row_number [n] and kept_number [m] int64 where the rows
+        have one; anchored."""
+        batch = self._pack(rows) | _numbers(rows)
+        if anchored := _only_base(rows, self.anchored):
+            batch[ANCHORED] = self._pack(anchored)
+        return batch
+
+    def _pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
-        index: list[list[int]] = [[] for _ in range(len(RESPONSES) * len(rows))]
+        index: dict[tuple[int, str], list[int]] = {}
         separate = 0
         for i, row in enumerate(rows):
             prompt, start = row["prompt_ids"], len(ids)
             end = start + len(prompt)
             ids += prompt
             positions += range(len(prompt))
-            for j, name in enumerate(RESPONSES):
-                response = row[f"{name}_ids"]
+            for j, key in enumerate(_responses_of(row)):
+                response = row[key]
                 first = len(ids)
                 ids += response
                 positions += range(len(prompt), len(prompt) + len(response))
@@ -154,24 +183,26 @@ class SharedPrefixCollator:
                     else Segment(first, len(ids), start, end)
                 )
                 # the prompt's last state predicts the first token of each response
-                index[j * len(rows) + i] = [end - 1, *range(first, len(ids) - 1)]
+                index[i, key] = [end - 1, *range(first, len(ids) - 1)]
                 separate += len(prompt) + len(response)
         real = len(ids)
         if self.pad_to_multiple_of and (extra := -len(ids) % self.pad_to_multiple_of):
             segments.append(Segment(len(ids), len(ids) + extra, len(ids), len(ids)))
             ids += [self.pad_token_id] * extra
             positions += range(extra)
-        lengths = [0, *map(len, index)]
-        labels = [token for name in RESPONSES for row in rows for token in row[f"{name}_ids"]]
+        sequences = _in_order(rows)
+        ordered = [index[i, key] for i, _, key in sequences]
+        lengths = [0, *map(len, ordered)]
+        labels = [token for _, row, key in sequences for token in row[key]]
         return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
-            "response_index": torch.tensor([i for part in index for i in part]),
+            "response_index": torch.tensor([i for part in ordered for i in part]),
             "response_labels": torch.tensor(labels),
             "cu_seqlens": torch.tensor(lengths).cumsum(0).to(torch.int32),
             "layout": Layout(tuple(segments)),
             "token_counts": torch.tensor([len(ids), real, separate]),
-        } | _row_numbers(rows)
+        }
 
 
 def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[int]]:
@@ -179,7 +210,7 @@ def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[int]]:
     first pack that has room."""
     packs: list[list[int]] = []
     rooms: list[int] = []
-    sizes = [sum(len(row[key]) for key in IDS) for row in rows]
+    sizes = [sum(len(row[key]) for key in IDS if key in row) for row in rows]
     for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
         fits = next((p for p, room in enumerate(rooms) if sizes[i] <= room), None)
         if fits is None:
@@ -191,14 +222,50 @@ def split_by_tokens(rows: list[dict[str, Any]], budget: int) -> list[list[int]]:
     return packs
 
 
-def _row_numbers(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    if any(ROW not in row for row in rows):
-        return {}
-    return {ROW: torch.tensor([row[ROW] for row in rows])}
+def _responses_of(row: dict[str, Any]) -> list[str]:
+    return [f"{name}_ids" for name in RESPONSES if f"{name}_ids" in row]
+
+
+def _is_kept(row: dict[str, Any]) -> bool:
+    return "chosen_ids" not in row
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any], str]]:
+    """(index of the row, row, column) of every response, in the order of a batch's sequences."""
+    numbered = list(enumerate(rows))
+    kept = [(i, row, "base_ids") for i, row in numbered if _is_kept(row)]
+    whole = [(i, row) for i, row in numbered if not _is_kept(row)]
+    return [(i, row, f"{name}_ids") for name in RESPONSES for i, row in whole] + kept
+
+
+def _only_base(rows: list[dict[str, Any]], which: Anchored) -> list[dict[str, Any]]:
+    """The rows of `anchored` with only their base response, in the order of a batch's sequences."""
+    whole = [row for row in rows if not _is_kept(row)] if which == "all" else []
+    kept = [row for row in rows if _is_kept(row)] if which != "none" else []
+    return [{key: row[key] for key in ("prompt_ids", "base_ids")} for row in whole + kept]
+
+
+def _numbers(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, part in ((ROW, False), (KEPT, True)):
+        own = [row for row in rows if _is_kept(row) == part]
+        if own and all(ROW in row for row in own):
+            found[name] = torch.tensor([row[ROW] for row in own])
+    return found
+
+
+def packs_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a micro-batch that go through the model one after another."""
+    return batch.get("packs") or [batch]
+
+
+def num_kept(batch: dict[str, Any]) -> int:
+    """Kept prompts in a collated batch."""
+    return batch[KEPT].numel() if KEPT in batch else 0
 
 
 def num_rows(batch: dict[str, Any]) -> int:
     """Preference rows in a collated batch."""
     if "packs" in batch:
         return sum(map(num_rows, batch["packs"]))
-    return (batch["cu_seqlens"].numel() - 1) // len(RESPONSES)
+    return (batch["cu_seqlens"].numel() - 1 - num_kept(batch)) // len(RESPONSES)

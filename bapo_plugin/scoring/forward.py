@@ -22,28 +22,34 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from bapo_kernels import sequence_logprobs
+from bapo_kernels import sequence_kl, sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
-from bapo_plugin.scoring.collator import ROW
+from bapo_plugin.scoring.collator import ANCHORED, KEPT, ROW
 from bapo_plugin.scoring.shared_prefix import packed
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
 _NOT_FOR_MODEL = (
     *("response_index", "response_labels", "cu_seqlens", "layout", "token_counts"),
-    *(ROW, "is_repeated"),
+    *(ROW, KEPT, ANCHORED, "is_repeated"),
 )
 
+_NO_DIVERGENCE = (
+    "bapo.anchor_loss: kl and bapo.keep compare distributions under one plain, frozen output head, but {reason}; take "
+    "another anchor_loss and remove `keep:`"
+)
 _TRIES = 3
 _HALF_CHUNK = 2**29  # bytes; half of what bapo_kernels takes on a GPU
 
 
 class ForwardOutput(NamedTuple):
     """`logps` [S] fp32, nats summed over each sequence's response tokens; `aux_loss` of MoE routers,
-    a scalar, or None."""
+    a scalar, or None; `divergence` [A] fp32, KL(reference ‖ policy) of the last A sequences, nats summed over
+    tokens, or None."""
 
     logps: Tensor
     aux_loss: Tensor | None
+    divergence: Tensor | None = None
 
 
 class _Head(NamedTuple):
@@ -71,7 +77,12 @@ class ResponseForward:
         self._redirect = ForwardRedirection()
 
     def __call__(
-        self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Tensor], **model_kwargs: Any
+        self,
+        model: nn.Module,
+        unwrapped: nn.Module,
+        batch: dict[str, Any],
+        reference_states: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> ForwardOutput:
         """Log-probs of the batch's S sequences under the model.
 
@@ -79,11 +90,53 @@ class ResponseForward:
             model: as the trainer calls it, perhaps wrapped (DDP, FSDP, DeepSpeed).
             unwrapped: the model inside.
             batch: see `bapo_plugin.scoring.collator`.
+            reference_states: of the batch "anchored", see `states`: then the divergence is computed too.
             model_kwargs: more keyword arguments of the model's forward.
 
         Raises:
             RuntimeError: the model didn't call its output head exactly once, or adds positions.
+            ValueError: a divergence is wanted, and the head isn't a plain frozen one.
         """
+
+        def run(spec: _Head | str, head: Any, kwargs: dict) -> ForwardOutput:
+            if isinstance(spec, str):
+                if reference_states is not None:
+                    raise ValueError(_NO_DIVERGENCE.format(reason=spec))
+                return self._from_logits(unwrapped, head, batch, kwargs)
+            return self._from_kernel(unwrapped, head, spec, batch, reference_states, kwargs)
+
+        return self._run(model, unwrapped, batch, run, model_kwargs)
+
+    def states(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """[T, H], the states that predict the batch's response tokens, in the dtype of the output head.
+
+        Raises:
+            ValueError: what the head makes of them isn't known.
+        """
+
+        def run(spec: _Head | str, head: Any, kwargs: dict) -> Tensor:
+            if isinstance(spec, str):
+                raise ValueError(_NO_DIVERGENCE.format(reason=spec))
+            found: list[Tensor] = []
+
+            def keep(hidden: Tensor) -> Tensor:
+                found.append(_response_states(hidden, batch).to(head.weight.dtype))
+                return hidden.new_zeros(1, 1, 1)
+
+            _call_with_head(unwrapped, head, keep, kwargs)
+            return found[0]
+
+        return self._run(model, unwrapped, batch, run, {})
+
+    def _run(
+        self,
+        model: nn.Module,
+        unwrapped: nn.Module,
+        batch: dict[str, Any],
+        function: Callable[[_Head | str, Any, dict], Any],
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a function with what is known of the head, the head, and the inputs, inside the model's wrapper."""
         inputs = {k: v for k, v in batch.items() if k not in _NOT_FOR_MODEL}
         inputs |= {"use_cache": False} | model_kwargs
         if "layout" in batch:
@@ -91,20 +144,17 @@ class ResponseForward:
 
         # The wrapper's forward must return our result: DDP looks there for the parameters that took
         # part, and FSDP2, which wraps in place, hangs its backward on it.
-        def run(**kwargs: Any) -> ForwardOutput:
-            return self._forward(unwrapped, batch, kwargs)
+        def run(**kwargs: Any) -> Any:
+            head = unwrapped.get_output_embeddings()
+            spec = self._heads.get(unwrapped)
+            if spec is None:
+                spec = self._find_head(unwrapped, head, kwargs)
+            # an adapter may have put another head in place (modules_to_save)
+            if not isinstance(spec, str) and not _is_plain_linear(head):
+                spec = f"its output head is a {type(head).__name__}, not a plain linear layer"
+            return function(spec, head, kwargs)
 
         return self._redirect(model, unwrapped, run, **inputs)
-
-    def _forward(self, model: nn.Module, batch: dict, kwargs: dict) -> ForwardOutput:
-        head = model.get_output_embeddings()
-        spec = self._heads.get(model)
-        if spec is None:
-            spec = self._find_head(model, head, kwargs)
-        # an adapter may have put another head in place (modules_to_save)
-        if isinstance(spec, str) or not _is_plain_linear(head):
-            return self._from_logits(model, head, batch, kwargs)
-        return self._from_kernel(model, head, spec, batch, kwargs)
 
     def _find_head(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
         """`_inspect`, once; an exception may come from anywhere in the model, so it is tried again before it counts as
@@ -152,18 +202,39 @@ class ResponseForward:
         return f"{type(model).__name__} transforms its logits in a way that its config doesn't name"
 
     def _from_kernel(
-        self, model: nn.Module, head: nn.Linear, spec: _Head, batch: dict, kwargs: dict
+        self,
+        model: nn.Module,
+        head: nn.Linear,
+        spec: _Head,
+        batch: dict,
+        reference_states: Tensor | None,
+        kwargs: dict,
     ) -> ForwardOutput:
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
 
         def score(hidden: Tensor) -> Tensor:
             states = _response_states(hidden, batch)
             states = states.to(head.weight.dtype)
             found.append(self._logps(states, head, spec, batch))
+            found.append(
+                None
+                if reference_states is None
+                else sequence_kl(
+                    states[len(states) - len(reference_states) :],
+                    reference_states,
+                    head.weight,
+                    batch[ANCHORED]["cu_seqlens"],
+                    bias=head.bias,
+                    logit_scale=spec.scale,
+                    logit_softcap=spec.softcap,
+                    chunk_bytes=self._chunk_bytes,
+                ).sum
+            )
             return hidden.new_zeros(1, 1, 1)
 
         outputs = _call_with_head(model, head, score, kwargs)
-        return ForwardOutput(found[0], getattr(outputs, "aux_loss", None))
+        logps, divergence = found
+        return ForwardOutput(logps, getattr(outputs, "aux_loss", None), divergence)
 
     def _logps(self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict) -> Tensor:
         """[S], nats; with half the temporary memory, from then on, where there was too little."""

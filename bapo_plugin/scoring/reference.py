@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import broadcast, is_peft_model, send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -151,7 +151,7 @@ class ReferenceCache:
                 # every process has as many rows: a wrapped model must be called equally often
                 own = [part[j % len(part)] for j in range(rank, _round_up(len(part), world), world)]
                 batch = self._collate([rows[i] for i in own])
-                batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+                batch = send_to_device(batch, accelerator.device)
                 values = self._compute(batch).view(len(RESPONSES), len(own)).T
                 # [process, row] -> the order of `part`
                 values = accelerator.gather(values.contiguous()).view(world, len(own), -1)

@@ -51,6 +51,8 @@ class RowMetrics:
     def add(self, mode: str, metrics: dict[str, Tensor]) -> None:
         """One number per row, [n], of each metric: in training those of this process, which count all, as they do in
         the gradient; in evaluation those of all processes, see `gathered`."""
+        if not metrics:
+            return
         for name, values in metrics.items():
             self._sums[mode][name] += values.sum()
         self._sums[mode]["rows"] += len(next(iter(metrics.values())))

@@ -7,9 +7,9 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from transformers import TrainerCallback
 
-from bapo_plugin.loss import BAPOLoss, ResponseLogps
 from bapo_plugin.rows.tokens import RESPONSES
-from bapo_plugin.scoring.collator import ROW
+from bapo_plugin.scoring.collator import KEPT, ROW
+from bapo_plugin.training.objective import Terms
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -37,35 +37,33 @@ class NonFinite(TrainerCallback):
                 "bapo.on_non_finite: stop"
             )
 
-    def finite_rows(
-        self,
-        out: BAPOLoss,
-        policy: ResponseLogps,
-        reference: ResponseLogps,
-        batch: dict[str, Any],
-        aux_loss: Tensor | None = None,
-    ) -> Tensor | None:
+    def finite_rows(self, terms: Terms, batch: dict[str, Any]) -> Tensor | None:
         """Which rows of a training batch are finite, [n] bool, or None where all are; called before the backward pass.
 
         Args:
-            out, policy, reference: of the rows, each [n].
+            terms: of the batch.
             batch: of a layout.
-            aux_loss: of MoE routers, a scalar.
 
         Raises:
             ValueError: not all, and that is to stop the run; step and rows are named.
         """
-        values = {"loss": out.loss}
-        if aux_loss is not None:
-            values["router loss"] = aux_loss.expand_as(out.loss)
+        values = {"loss": terms.rows.loss}
+        if terms.aux is not None:
+            values["router loss"] = terms.aux.expand_as(terms.rows.loss)
         for name in RESPONSES:
-            values[f"log π_θ of {name}"] = getattr(policy, name)
-            values[f"log π_ref of {name}"] = getattr(reference, name)
+            values[f"log π_θ of {name}"] = getattr(terms.policy, name)
+            values[f"log π_ref of {name}"] = getattr(terms.reference, name)
         table = torch.stack([value.detach() for value in values.values()])  # [values, n]
         finite = table.isfinite().all(0)
-        if bool(finite.all()):
+        kept = terms.kept.detach().isfinite()
+        if bool(finite.all() & kept.all()):
             return None
         table, faults = table.cpu(), []
+        keeper = self._trainer.keeper
+        faults += [
+            f"{keeper.describe(int(batch[KEPT][i]))} (KL)"
+            for i in (~kept).nonzero()[:, 0].tolist()[:5]
+        ]
         for i in (~finite).nonzero()[:, 0].tolist()[:5]:
             row = self._trainer.reference.describe(int(batch[ROW][i])) if ROW in batch else "a row"
             wrong = [f"{n} {v:.3g}" for n, v in zip(values, table[:, i], strict=True)]

@@ -9,12 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from bapo_plugin.scoring.collator import num_rows
-
-
-def packs_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a micro-batch that go through the model one after another."""
-    return batch.get("packs") or [batch]
+from bapo_plugin.scoring.collator import num_rows, packs_of
 
 
 def equal_passes(batches: list[dict[str, Any]], accelerator: Accelerator) -> None:

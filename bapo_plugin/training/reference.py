@@ -1,6 +1,8 @@
 """The reference in training: every row has a number, and log π_ref is looked up by it or computed in the step."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,6 +118,12 @@ class Reference:
         part = self._part(number)
         return f"row {number - part.start + 1} of the {part.name} rows"
 
+    def row(self, number: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Columns of the row, and its number."""
+        part = self._part(number)
+        row = part.rows[number - part.start]
+        return {name: row[name] for name in columns} | {ROW: number}
+
     # ---------------------------------------------------------------- log-probs
 
     def fill(self, model: nn.Module | None = None) -> None:
@@ -144,17 +152,32 @@ class Reference:
             RuntimeError: there is no reference.
         """
         known = self.known(batch)
-        return self.live(model, unwrapped, batch) if known is None else known
+        if known is None:
+            known = self.live(model, unwrapped, batch)[: len(RESPONSES) * num_rows(batch)]
+        return known
 
     def known(self, batch: dict[str, Any]) -> Tensor | None:
         """What was computed before training, [3n]; None where it wasn't."""
         if not self.precomputed or ROW not in batch:
-            return None
+            return None if num_rows(batch) else batch["cu_seqlens"].new_zeros(0, dtype=torch.float)
         self._known = self._known.to(batch[ROW].device)
         return self._known[batch[ROW]].T.reshape(-1)
 
     def live(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
         """As `logps`, from the model itself."""
+        with self._as_reference(model, unwrapped) as (model, unwrapped):
+            return self._trainer.response_forward(model, unwrapped, batch).logps
+
+    def states(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """[T, H], what the reference hands to its output head for the batch's response tokens. No gradient."""
+        with self._as_reference(model, unwrapped) as (model, unwrapped):
+            return self._trainer.response_forward.states(model, unwrapped, batch)
+
+    @contextmanager
+    def _as_reference(
+        self, model: nn.Module, unwrapped: nn.Module
+    ) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The reference as it is called, and the model inside."""
         trainer = self._trainer
         if trainer.ref_model is not None:
             model = trainer.ref_model
@@ -165,7 +188,7 @@ class Reference:
             )
         checkpointing = trainer.args.gradient_checkpointing_kwargs
         with evaluating(unwrapped), reference_mode(unwrapped, checkpointing):
-            return trainer.response_forward(model, unwrapped, batch).logps
+            yield model, unwrapped
 
     def _make_cache(self, policy: nn.Module) -> ReferenceCache:
         trainer, accelerator = self._trainer, self._trainer.accelerator

@@ -16,26 +16,35 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.loss import ResponseLogps, bapo_loss
 from bapo_plugin.rows.tokens import IDS
-from bapo_plugin.scoring.collator import ROW, PaddedCollator, SharedPrefixCollator, num_rows
+from bapo_plugin.scoring.collator import (
+    ROW,
+    PaddedCollator,
+    SharedPrefixCollator,
+    num_rows,
+    packs_of,
+)
 from bapo_plugin.scoring.forward import ResponseForward
-from bapo_plugin.scoring.layouts import LateCollator, choose_collator, compute_dtype
+from bapo_plugin.scoring.layouts import LateCollator, compute_dtype
 from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
 from bapo_plugin.training.checkpoints import begin_checkpoint, whole_checkpoint
-from bapo_plugin.training.metrics import RowMetrics, Throughput, row_metrics
+from bapo_plugin.training.keep import Keeper
+from bapo_plugin.training.layout import WhenSharded, choose_layout, tell_what_sharing_saves
+from bapo_plugin.training.metrics import RowMetrics, Throughput
 from bapo_plugin.training.non_finite import NonFinite
-from bapo_plugin.training.packs import collecting_gradients, equal_passes, packs_of
-from bapo_plugin.training.reference import Reference, first_of_all
+from bapo_plugin.training.objective import Objective
+from bapo_plugin.training.packs import collecting_gradients, equal_passes
+from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
 from bapo_plugin.training.retention import RetentionCallback
 from bapo_plugin.training.rows import tokenized
+from bapo_plugin.training.weight import AnchorWeight
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -52,14 +61,17 @@ class BAPOTrainer(AxolotlDPOTrainer):
             `bapo`.
         bapo: a `BAPOConfig`; wins over `args.bapo`.
         cache_dir: folder to keep reference log-probs in; under axolotl it is dataset_prepared_path.
+        keep_dataset: for `bapo.keep`: `prompt_ids` and `base_ids`, prompts whose former answers are held too.
 
     Metrics (mean over preference rows since the last log; `eval_` in front in evaluation):
-        loss = loss/preference + loss/anchor (weighted)
+        loss = loss/preference + loss/anchor (weighted) + loss/keep (with `bapo.keep`)
         rewards/chosen, rewards/rejected    β · (log π_θ − log π_ref)
         rewards/margins, rewards/accuracies their difference, and how often it is above 0
         logps/chosen|rejected|base          log π_θ, nats a response
         drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
         anchor/active                       share of rows whose anchor is pulling
+        anchor/weight                       λ, with anchor_weight: auto
+        anchor/kl, keep/kl                  KL(π_ref ‖ π_θ), nats a token, with anchor_loss: kl and bapo.keep
         retention/*                         with `bapo.retention`, see `bapo_plugin.scoring.retention`
         tokens/s, sharing, packing          tokens computed a second; share of tokens that sharing the prompt
                                             saved; share of computed tokens that are not padding
@@ -88,6 +100,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         *args: Any,
         bapo: BAPOConfig | None = None,
         cache_dir: str | Path | None = None,
+        keep_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
         training_args = kwargs.get("args") or (args[2] if len(args) > 2 else None)
@@ -129,9 +142,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
             self.data_collator = LateCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
-            self.add_callback(_WhenSharded(self))
+            self.add_callback(WhenSharded(self))
         else:
-            self.data_collator = self._choose_layout()
+            self.data_collator = choose_layout(self)
         self.reference = Reference(self, cache_dir or getattr(self.args, "bapo_cache_dir", None))
         # a policy that isn't the reference by intention: an adapter goes on, a model of the user's own is given
         self.starts_equal = (
@@ -139,15 +152,35 @@ class BAPOTrainer(AxolotlDPOTrainer):
             if is_peft_model(self.model)
             else getattr(self.args, "bapo", None) is not None
         )
+        self.objective = Objective(self)
+        self.keeper: Keeper | None = None
+        self.keep(keep_dataset)
         self._is_checked = False
         self.non_finite = NonFinite(self)
         self.add_callback(self.non_finite)
+        self.anchor_weight = AnchorWeight(self)
+        self.add_callback(self.anchor_weight)
         self.row_metrics = RowMetrics(self.accelerator)
+        self.kept_metrics = RowMetrics(self.accelerator)
         self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
             self.add_callback(RetentionCallback(self, self.bapo.retention))
         self.record = RunRecord(settings_of(self), self.model.config.name_or_path, rows_of(self))
         self.add_callback(self.record)
+
+    def keep(self, rows: Dataset | None) -> None:
+        """Hold the former answers to other prompts too, see `bapo.keep`.
+
+        Args:
+            rows: `prompt_ids` and `base_ids`; None where there is nothing of that kind.
+
+        Raises:
+            ValueError: no rows, a head that trains, or prompts of `bapo.retention` among them.
+        """
+        if rows is not None:
+            self.keeper = Keeper(self, rows)
+        self.objective.refuse()
+        self.layout.anchored = self.objective.anchored
 
     @property
     def is_sharded(self) -> bool:
@@ -173,39 +206,12 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = [*IDS, ROW]
 
-    def _choose_layout(
-        self, model: nn.Module | None = None
-    ) -> PaddedCollator | SharedPrefixCollator:
-        """Where weights are sharded, `model` is the policy as it is called."""
-        reason = None
-        if self.is_fsdp1:
-            reason = "with FSDP 1 it can't be tried out; set fsdp_version: 2"
-        elif self.aux_loss_enabled:
-            reason = "the router's auxiliary loss would count a prompt once instead of three times"
-        unwrap = self.accelerator.unwrap_model
-        models = [self.model if model is None else model, self.ref_model]
-        return choose_collator(
-            [(model, unwrap(model)) for model in models if model is not None],
-            self.response_forward,
-            wanted=self.bapo.shared_prefix,
-            tokens_per_batch=self.bapo.tokens_per_batch,
-            pad_token_id=self.processing_class.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-            mixed_precision=self.accelerator.mixed_precision,
-            autocast=self.accelerator.autocast,
-            checkpointing=self.args.gradient_checkpointing_kwargs,
-            refused=reason,
-            device=self.accelerator.device if self.is_sharded else None,
-            agree=lambda reason: (
-                first_of_all(reason, self.accelerator) if self.is_sharded else reason
-            ),
-        )
-
     def when_sharded(self) -> None:
         """What needs the model's weights and can't be done before they are sharded: after that, before the first
         batch."""
-        self.data_collator.chosen = self._choose_layout(self.model_wrapped)
-        self._tell_what_sharing_saves()
+        self.data_collator.chosen = choose_layout(self, self.model_wrapped)
+        self.layout.anchored = self.objective.anchored
+        tell_what_sharing_saves(self)
         self.reference.fill(self.model_wrapped)
 
     @property
@@ -223,18 +229,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
             self.eval_dataset = self.reference.number(self.eval_dataset, "evaluation")
         if not self.is_sharded:
             self.reference.fill()
-            self._tell_what_sharing_saves()
+            tell_what_sharing_saves(self)
         return super().get_train_dataloader()
-
-    def _tell_what_sharing_saves(self) -> None:
-        if isinstance(self.layout, SharedPrefixCollator):
-            n = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-            rows = [self.train_dataset[i] for i in range(n)]
-            shared = self.collate(rows)["token_counts"][0]
-            padded = PaddedCollator(0)(rows)["token_counts"][0]
-            LOG.info(
-                f"shared prefix: {shared:,} tokens instead of {padded:,} for the first {n} rows"
-            )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -280,49 +276,28 @@ class BAPOTrainer(AxolotlDPOTrainer):
             inputs: a batch of `PaddedCollator`, n rows.
             num_items_in_batch: rows of this optimiser step, over accumulation and ranks.
         """
-        n = num_rows(inputs)
-        # the mean over the step, as this rank's share: ranks are averaged, micro-batches added up
-        share = 0.0 if inputs.get("is_repeated") else 1.0
-        if share and num_items_in_batch is not None:
-            share = n / num_items_in_batch * self.accelerator.num_processes
-
-        model_kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        unwrapped = self.accelerator.unwrap_model(model)
-        policy = self.response_forward(model, unwrapped, inputs, **model_kwargs)
-        policy_logps = ResponseLogps(*policy.logps.view(3, n))
-        reference_logps = self.reference.logps(model, unwrapped, inputs)
-        reference_logps = ResponseLogps(*reference_logps.view(3, n))
-        num_tokens = ResponseLogps(*inputs["cu_seqlens"].diff().view(3, n))
-        out = bapo_loss(
-            policy_logps,
-            reference_logps,
-            num_tokens,
-            beta=self.beta,
-            loss_type=self.loss_types,
-            loss_weights=self.loss_weights,
-            label_smoothing=self.label_smoothing,
-            anchor_weight=self.bapo.anchor_weight,
-            anchor_loss=self.bapo.anchor_loss,
-            anchor_reduction=self.bapo.anchor_reduction,
-            anchor_placement=self.bapo.anchor_placement,
-        )
-        loss = out.loss.mean()
-        metrics = row_metrics(out, policy_logps, reference_logps, self.beta)
-        if self.aux_loss_enabled:
-            aux = self.router_aux_loss_coef * policy.aux_loss
-            loss = loss + aux
-            metrics["aux_loss"] = policy.aux_loss.detach().expand(n)
-            metrics["loss"] = metrics["loss"] + aux.detach()
-        if self.model.training and not inputs.get("is_repeated"):
-            finite = self.non_finite.finite_rows(
-                out, policy_logps, reference_logps, inputs, aux if self.aux_loss_enabled else None
-            )
+        terms = self.objective(model, inputs)
+        is_counted = self.model.training and not inputs.get("is_repeated")
+        metrics = terms.metrics
+        if is_counted:
+            finite = self.non_finite.finite_rows(terms, inputs)
             if finite is not None:
                 metrics = {name: rows[finite] for name, rows in metrics.items()}
             self.row_metrics.add("train", metrics)
+            self.kept_metrics.add("train", terms.kept_metrics)
+            self.anchor_weight.add(terms)
             self.throughput.add(inputs["token_counts"])
-        loss = loss * share
-        return (loss, {"logps": policy.logps, "metrics": metrics}) if return_outputs else loss
+        n, m = len(terms.rows.loss), len(terms.kept)
+        if num_items_in_batch is None:
+            loss = self.objective.total(terms, max(n, 1), m)
+        else:
+            # the mean over the step, as this rank's share: ranks are averaged, micro-batches added up
+            m = self.keeper.per_step if self.keeper is not None else 0
+            loss = self.objective.total(terms, num_items_in_batch, m)
+            loss = loss * self.accelerator.num_processes
+        if inputs.get("is_repeated"):
+            loss = loss * 0.0
+        return (loss, {"logps": terms.logps, "metrics": metrics}) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
@@ -346,6 +321,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if not batch_samples:
             return None
         rows = torch.tensor([sum(map(num_rows, batch_samples))], device=device)
+        if self.keeper is not None:
+            self.keeper.add(batch_samples, self.reference)
         if self.bapo.tokens_per_batch:
             equal_passes(batch_samples, self.accelerator)
         return self.accelerator.gather(rows).sum()
@@ -354,7 +331,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation adds its metrics in `evaluation_loop`
-            logs |= self.row_metrics.take("train") | self.throughput.take()
+            kept = self.kept_metrics.take("train")
+            logs |= self.row_metrics.take("train") | self.throughput.take() | kept
+            logs["loss"] += kept.get("loss/keep", 0.0)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
@@ -389,11 +368,3 @@ class BAPOTrainer(AxolotlDPOTrainer):
             if self.args.should_save:
                 begin_checkpoint(self.args.output_dir, self.state.global_step)
             super()._save_checkpoint(*args, **kwargs)
-
-
-class _WhenSharded(TrainerCallback):
-    def __init__(self, trainer: BAPOTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.when_sharded()

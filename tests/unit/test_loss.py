@@ -66,6 +66,26 @@ def test_anchor_by_hand(anchor_loss, expected):
     assert anchor_penalty(drift, policy, anchor_loss).tolist() == expected
 
 
+def test_kl_is_the_divergence_that_is_given():
+    policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
+    tokens = ResponseLogps(*torch.tensor([[4], [3], [8]]))
+    divergence = torch.tensor([1.6], dtype=torch.float64)
+    options = {"anchor_loss": "kl", "anchor_weight": 0.5}
+    assert bapo_loss(policy, reference, tokens, divergence, **options).anchor.item() == (
+        pytest.approx(0.8)
+    )
+    mean = bapo_loss(policy, reference, tokens, divergence, anchor_reduction="mean", **options)
+    assert mean.anchor.item() == pytest.approx(0.5 * 1.6 / 8) and mean.active.item() == 1.0
+    with pytest.raises(ValueError, match="divergence"):
+        bapo_loss(policy, reference, **options)
+
+
+def test_weight_may_be_a_tensor():
+    policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
+    given = bapo_loss(policy, reference, anchor_weight=torch.tensor(0.25, dtype=torch.float64))
+    assert torch.equal(given.loss, bapo_loss(policy, reference, anchor_weight=0.25).loss)
+
+
 def test_additive_and_margin_placement_by_hand():
     policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
     additive = bapo_loss(policy, reference, beta=0.5, anchor_weight=0.25)
@@ -124,10 +144,14 @@ def test_gradcheck(anchor_loss, loss_type, placement):
     tokens = ResponseLogps(*torch.tensor([[3, 5], [4, 2], [6, 3]]))
 
     def loss(policy):
+        divergence = (
+            policy[2] - reference[2]
+        ) ** 2 + 0.1  # stands for one that depends on the policy
         return bapo_loss(
             ResponseLogps(*policy),
             ResponseLogps(*reference),
             tokens,
+            divergence,
             beta=0.3,
             loss_type=loss_type,
             label_smoothing=0.1 if loss_type in ("robust", "exo_pair") else 0.0,

@@ -1,6 +1,7 @@
 """The `bapo:` block of the YAML. Defaults live here and in `blocks`, nowhere else."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -30,7 +31,7 @@ TRAINER_CLS = "bapo_plugin.training.trainer.BAPOTrainer"
 class BAPOConfig(Block):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
 
-    anchor_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+    anchor_weight: float | Literal["auto"] = Field(
         default=0.03,
         json_schema_extra={
             "description": "Weight λ of the anchor, in the unit of rl_beta. The default is 0.3 of the default β: the fastest "
@@ -38,15 +39,6 @@ class BAPOConfig(Block):
             "outweighs the preference loss, which gains at most β for each nat, on any base response that has lost "
             "likelihood: it holds closer and learns more slowly. 0 gives DPO. auto: found while training, so that "
             "base responses lose `drift_limit`."
-        },
-    )
-    drift_limit: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        json_schema_extra={
-            "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token. "
-            f"Default: {DRIFT_LIMIT}"
         },
     )
     anchor_loss: AnchorLoss = Field(
@@ -69,6 +61,15 @@ class BAPOConfig(Block):
         json_schema_extra={
             "description": "additive: loss = preference + λ·A. margin: λ·A is subtracted from the margin inside "
             "the preference loss, as in DPOP."
+        },
+    )
+    drift_limit: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token. "
+            f"Default: {DRIFT_LIMIT}"
         },
     )
     reference: Literal["start", "base"] = Field(
@@ -161,6 +162,19 @@ class BAPOConfig(Block):
     @classmethod
     def _yaml_off(cls, value):
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @field_validator("anchor_weight", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value):
+        if value == "auto" or isinstance(value, bool):
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number < math.inf:
+            raise ValueError("must be a finite number greater than or equal to 0, or auto")
+        return number
 
     @model_validator(mode="after")
     def _budget(self):

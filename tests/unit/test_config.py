@@ -29,10 +29,21 @@ def test_every_field_is_described():
     [
         ({"anchor_wieght": 1}, r"bapo\.anchor_wieght: unknown key; did you mean anchor_weight"),
         ({"zzz": 1}, r"bapo\.zzz: unknown key; known keys are anchor_weight, anchor_loss"),
-        ({"anchor_weight": -0.5}, r"bapo\.anchor_weight: .*greater than or equal to 0, got -0.5"),
+        (
+            {"anchor_weight": -0.5},
+            r"bapo\.anchor_weight: .*greater than or equal to 0, or auto, got -0.5",
+        ),
         ({"anchor_weight": float("nan")}, r"bapo\.anchor_weight: .*finite"),
+        ({"drift_limit": 0.1}, r"bapo: drift_limit: 0.1 has no effect.*anchor_weight: auto"),
+        ({"anchor_weight": "auto", "drift_limit": 0}, r"bapo\.drift_limit: .*greater than 0"),
+        ({"anchor_weight": "auto", "anchor_loss": "nll"}, r"bapo: .*doesn't measure"),
+        ({"keep": {"prompts": "a.csv"}}, r"bapo\.keep\.prompts: .*, got 'a.csv'"),
+        ({"keep": {"prompts": "a.txt", "wieght": 1}}, r"bapo\.keep\.wieght: .*did you mean weight"),
         ({"anchor_weight": "much"}, r"bapo\.anchor_weight: .*got 'much'"),
-        ({"anchor_loss": "huber"}, r"bapo\.anchor_loss: .*'hinge', 'absolute', 'squared' or 'nll'"),
+        (
+            {"anchor_loss": "huber"},
+            r"bapo\.anchor_loss: .*'hinge', 'absolute', 'squared', 'nll' or 'kl'",
+        ),
         ({"anchor_loss": "nll", "anchor_placement": "margin"}, "set anchor_placement: additive"),
         ("strong", r"bapo: must be a block of settings, got 'strong'"),
         ([1], r"bapo: must be a block"),

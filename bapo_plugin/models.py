@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -12,7 +13,11 @@ from axolotl.utils.logging import get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.anchors.provenance import ReferenceSpec
+from bapo_plugin.answers.engine import Engine, Request, Sampling
+from bapo_plugin.answers.server import ServerEngine
+from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.config import parse_block
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -118,6 +123,43 @@ def load_reference(cfg: Any, tokenizer: Any, adapter_dir: str | None) -> Any:
         model = PeftModel.from_pretrained(model, adapter_dir)
     keep_4bit_trainable_on_cpu(model)
     return model.eval()
+
+
+def answering_engine(
+    cfg: Any,
+    tokenizer: Any,
+    adapter_dir: str | None,
+    stops: tuple[list[int], int | None],
+    requests: Sequence[Request],
+) -> tuple[Engine, Callable[[], None]]:
+    """What makes base responses, and what is to be called before it begins.
+
+    Args:
+        cfg, tokenizer, adapter_dir: see `load_reference`.
+        stops: tokens that end an answer, and the one that ends a turn.
+        requests: to choose from where a server is compared with the reference.
+    """
+    anchors = parse_block(dict(cfg.bapo)).anchors
+    sampling = Sampling(anchors.temperature, anchors.top_p, anchors.seed)
+    sizes = (anchors.batch_size, anchors.batch_tokens)
+    stop_ids, end_id = stops
+
+    def load() -> Any:
+        return load_reference(cfg, tokenizer, adapter_dir)
+
+    if anchors.engine == "transformers":
+        engine = TransformersEngine(load, stop_ids, sampling, *sizes)
+        return engine, lambda: engine.model and None
+    server = ServerEngine(tokenizer, anchors.server, sampling, cfg.base_model, stop_ids, end_id)
+
+    def probe() -> None:
+        reference = TransformersEngine(load, stop_ids, Sampling(), *sizes)
+        try:
+            server.probe(requests, reference)
+        finally:
+            reference.close()
+
+    return server, probe if anchors.server.probe else lambda: None
 
 
 def check_room_for_reference(cfg: Any) -> None:

@@ -15,10 +15,12 @@ from axolotl.prompt_strategies.dpo import load as load_strategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 
+from bapo_plugin.answers.prompts import read_prompts
 from bapo_plugin.answers.stops import all_stops, named_stops, own_stops
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.rows.chat import ChatRows
+from bapo_plugin.rows.chat import ChatRows, Prompts
 from bapo_plugin.rows.conversation import fields_of
 from bapo_plugin.rows.ends import StopTexts, special_texts
 from bapo_plugin.rows.entries import NO_BASE
@@ -110,6 +112,29 @@ class Opening:
                 )
             )
         return found
+
+    def prompts_to_keep(self, path: str) -> Source:
+        """The prompts of `bapo.keep`, written by the template of the chat data sets, else that of the YAML.
+
+        Raises:
+            ValueError: the file can't be used, or there is no chat template.
+        """
+        try:
+            chats = read_prompts(path)
+        except ValueError as error:
+            raise ValueError(f"bapo.keep.{error}") from None
+        name = f"bapo.keep.prompts ({path})"
+        template = next(iter(self.templates.values()), None)
+        if template is None:
+            template = self._template(DictDefault({}), name)
+        return Source(
+            name,
+            Dataset.from_list([{"prompt": chat} for chat in chats]),
+            Prompts(template),
+            Encoder(self._tokenizer, from_template=True),
+            fields_of({}, None),
+            [template.text, str(self._now)],
+        )
 
     @staticmethod
     def _kind(entry: Any) -> bool | None:

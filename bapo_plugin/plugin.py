@@ -27,6 +27,8 @@ class BAPOPlugin(BasePlugin):
     `plugins: [bapo_plugin.BAPOPlugin]`, which does no harm later.
     """
 
+    _kept: Any = None  # prepared prompts of `bapo.keep`
+
     def register(self, cfg: Any) -> None:
         """Turn `rl: bapo` of the raw YAML into a DPO run with our trainer.
 
@@ -77,9 +79,11 @@ class BAPOPlugin(BasePlugin):
         }
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Let the run's record hold the user's YAML."""
+        """Let the run's record hold the user's YAML, and give the trainer the prompts to keep."""
         if is_active(cfg):
             trainer.record.config = _as_written(cfg)
+            if self._kept is not None:
+                trainer.keep(self._kept)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Load, check, render and tokenise the rows (see `bapo_plugin.prepare`), before a model is loaded.
@@ -95,7 +99,8 @@ class BAPOPlugin(BasePlugin):
             check_room_for_reference(cfg)
         from bapo_plugin.prepare import load_datasets
 
-        return load_datasets(cfg)
+        meta, self._kept = load_datasets(cfg)
+        return meta
 
 
 def _rows_to_evaluate(cfg: Any, tokenizer: Any) -> Any:

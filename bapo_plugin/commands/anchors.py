@@ -18,7 +18,7 @@ from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import shown
 from bapo_plugin.config import is_active
 from bapo_plugin.models import WHOLE
-from bapo_plugin.prepare import Preparation
+from bapo_plugin.prepare import KEEP, Preparation
 from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
 from bapo_plugin.rows.sources import Source
 from bapo_plugin.store import Store
@@ -46,7 +46,10 @@ def write_anchors(config: Path, output: Path | None) -> None:
         if output is None or int(os.environ.get("RANK", 0)):
             return
         sources = [
-            (split, i, s) for split, parts in work.splits.items() for i, s in enumerate(parts)
+            (split, i, s)
+            for split, parts in work.splits.items()
+            for i, s in enumerate(parts)
+            if split != KEEP
         ]
         for split, i, source in sources:
             path = output
@@ -88,7 +91,7 @@ def _open(config: Path) -> Preparation:
             f"{config} is not a configuration of BAPO: it needs `rl: bapo` (and, before axolotl 0.21, "
             "`plugins: [bapo_plugin.BAPOPlugin]`)"
         )
-    return Preparation(cfg, load_tokenizer(cfg))
+    return Preparation(cfg, load_tokenizer(cfg), keep=True)
 
 
 def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) -> Dataset:

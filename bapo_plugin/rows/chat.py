@@ -37,3 +37,24 @@ class ChatRows:
             repeats(rendered.words, (rendered.chosen, rendered.rejected)),
         )
         return rendered._replace(notices=tuple(filter(None, found)))
+
+
+class Prompts:
+    """Callable row -> `RenderedRow` without responses, for rows {"prompt": list of messages}.
+
+    Args:
+        template: writes the prompt.
+    """
+
+    def __init__(self, template: ChatTemplate):
+        self._template = template
+
+    def __call__(self, row: Mapping[str, Any]) -> RenderedRow:
+        """Render one prompt.
+
+        Raises:
+            RowError: the template refuses the messages, or leaves out some of their words.
+        """
+        ask = self._template.ask(row["prompt"])
+        words = row["prompt"][-1]["content"]
+        return RenderedRow(ask, ask, None, None, None, False, None, words)

@@ -177,6 +177,18 @@ def overlap(train: Dataset, held_out: Dataset) -> int:
     return sum(prompt in known for prompt in _prompts(held_out).tolist())
 
 
+def kept_among(rows: Dataset, kept: Dataset) -> int:
+    """How many rows have a prompt that is kept too.
+
+    Args:
+        rows: prepared rows.
+        kept: prepared prompts of `bapo.keep`, whose `prompt_ids` are all that the model was asked with.
+    """
+    known = set(_prompts(kept).tolist())
+    pairs = zip(_prompts(rows).tolist(), _prompts(rows, opened=True).tolist(), strict=True)
+    return sum(not known.isdisjoint(pair) for pair in pairs)
+
+
 def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]:
     """The last rows held out, with all rows of their prompts: no prompt is on both sides.
 
@@ -215,12 +227,14 @@ def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]
     return rows.select(np.flatnonzero(~side)), rows.select(np.flatnonzero(side))
 
 
-def _prompts(rows: Dataset) -> np.ndarray:
-    """64 bits of each row's prompt."""
+def _prompts(rows: Dataset, opened: bool = False) -> np.ndarray:
+    """64 bits of each row's prompt, perhaps with the tokens of its base response that the model was asked with."""
     found = []
-    for part in rows.select_columns(["prompt_ids"]).with_format("numpy").iter(batch_size=1000):
-        for ids in part["prompt_ids"]:
-            raw = np.asarray(ids, dtype=np.int32).tobytes()
+    columns = ["prompt_ids", *(["base_ids", "open_tokens"] if opened else [])]
+    for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
+        for ids, *more in zip(*(part[name] for name in columns), strict=True):
+            whole = np.concatenate([ids, more[0][: more[1]]]) if opened else ids
+            raw = np.asarray(whole, dtype=np.int32).tobytes()
             found.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big"))
     return np.array(found, dtype=np.uint64)
 

@@ -29,7 +29,7 @@ class RenderedRow(NamedTuple):
     Args:
         ask: what the model is asked with: the generation prompt.
         prompt: the beginning that `ask` and all responses share.
-        chosen, rejected: what follows `prompt`, up to the end of the turn.
+        chosen, rejected: what follows `prompt`, up to the end of the turn; None in a prompt without a preference.
         base: likewise; None where it has to be generated.
         base_cut: a limit cut the base response, so it has no end of turn.
         base_tokens: the ids that the model gave right after `ask`, and their text, where the row has them.
@@ -39,8 +39,8 @@ class RenderedRow(NamedTuple):
 
     ask: str
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
     base: str | None
     base_cut: bool
     base_tokens: tuple[tuple[int, ...], str] | None

@@ -159,15 +159,13 @@ def prepare_batch(
             continue
         rendered.append(row)
         texts.append(row.ask)
-        texts += [row.prompt + row.chosen, row.prompt + row.rejected]
-        if row.base is not None:
-            texts.append(row.prompt + row.base)
+        texts += [row.prompt + text for text in _responses(row)]
     ids = iter(encode(texts) if texts else ())
     for i, (made, row) in enumerate(zip(out, rendered, strict=True)):
         if row is None:
             continue
         ask = next(ids)
-        wholes = [next(ids) for _ in range(2 if row.base is None else 3)]
+        wholes = [next(ids) for _ in _responses(row)]
         notices = list(row.notices)
         if row.base_tokens is not None:
             given, said = row.base_tokens
@@ -193,23 +191,29 @@ def check_text(row: RenderedRow) -> None:
         RowError: half of a surrogate pair, as broken JSON escapes leave it.
     """
     try:
-        "".join((row.ask, row.chosen, row.rejected, row.base or "")).encode("utf-8")
+        "".join((row.ask, *_responses(row))).encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(
             f"the text holds {error.object[error.start]!r}, which is no character; mend it"
         ) from None
 
 
+def _responses(row: RenderedRow) -> list[str]:
+    """The responses that there are: chosen, rejected, base."""
+    return [text for text in (row.chosen, row.rejected, row.base) if text is not None]
+
+
 def _row_of(row: RenderedRow, ask: list[int], wholes: list[list[int]]) -> dict[str, Any]:
     prompt, rest = split_ids(ask, wholes)
+    chosen, rejected = rest[:2] if row.chosen is not None else ([], [])
     return {
         "prompt": row.prompt,
-        "chosen": row.chosen,
-        "rejected": row.rejected,
+        "chosen": row.chosen or "",
+        "rejected": row.rejected or "",
         "base": row.base or "",
         "prompt_ids": prompt,
-        "chosen_ids": rest[0],
-        "rejected_ids": rest[1],
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
         "base_ids": [] if row.base is None else rest[2],
         # a base response that goes on from what the model is asked with
         "open_ids": ask[len(prompt) :] if row.base is None or wholes[2][: len(ask)] == ask else [],

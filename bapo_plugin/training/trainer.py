@@ -178,6 +178,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
             ValueError: no rows, a head that trains, or prompts of `bapo.retention` among them.
         """
         if rows is not None:
+            if self.bapo.keep is None:
+                raise ValueError("prompts to keep were given, but bapo.keep is not set")
             self.keeper = Keeper(self, rows)
         self.objective.refuse()
         self.layout.anchored = self.objective.anchored
@@ -300,6 +302,10 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return (loss, {"logps": terms.logps, "metrics": metrics}) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if self.bapo.keep is not None and self.keeper is None:
+            raise ValueError(
+                "bapo.keep is set, but there are no prompts with base responses: give `keep_dataset`"
+            )
         checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self.throughput.stop()
         return super().train(checkpoint, *args, **kwargs)

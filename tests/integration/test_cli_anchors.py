@@ -9,7 +9,7 @@ from helpers import axolotl, preparation, write_config
 from tiny import make_rows, save_model, write_jsonl
 from typer.testing import CliRunner
 
-from bapo_plugin import prepare
+from bapo_plugin import models
 from bapo_plugin.cli import app
 from bapo_plugin.models import answer_beside, shards
 from bapo_plugin.prepare import prepare_rows
@@ -107,7 +107,7 @@ def test_a_sharded_run_has_its_base_responses_made_beside_it(folder, environment
     )
     work = preparation(path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(prepare, "load_reference", None)
+    monkeypatch.setattr(models, "load_reference", None)
     assert shards(work.cfg)
     train, evaluation = prepare_rows(work.cfg, work.tokenizer)
     assert len(train) + len(evaluation) == 16

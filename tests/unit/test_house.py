@@ -18,7 +18,7 @@ FLOORS = [
     ["anchors"],
     ["models"],
     ["opening"],
-    ["prepare"],
+    ["preparation", "prepare"],
     ["scoring"],
     ["training"],
     ["evaluation", "commands", "report"],

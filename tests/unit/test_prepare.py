@@ -327,8 +327,8 @@ def test_cache_is_used_and_follows_what_it_depends_on(config, chatml, monkeypatc
 
 def test_total_steps(config, chatml, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer", lambda cfg: chatml)
-    assert load_datasets(config(num_epochs=3)).total_num_steps == 9
-    assert json.dumps(load_datasets(config()).train_dataset[0])  # plain values
+    assert load_datasets(config(num_epochs=3))[0].total_num_steps == 9
+    assert json.dumps(load_datasets(config())[0].train_dataset[0])  # plain values
 
 
 def test_many_rows_in_several_processes(config, chatml, tmp_path):

@@ -168,6 +168,7 @@ def bapo_loss(
     anchor_loss: str = "hinge",
     anchor_reduction: str = "sum",
     anchor_placement: str = "additive",
+    slack: float = 0.0,
 ) -> BAPOLoss:
     """BAPO loss of n preference rows. With `anchor_weight=0` it is DPO.
 
@@ -185,6 +186,8 @@ def bapo_loss(
         anchor_reduction: "sum" anchors the whole response, "mean" the mean over its tokens.
         anchor_placement: "additive", or "margin", which subtracts λ·A from the margin inside the
             preference loss. "nll" is not zero at θ_ref and therefore only additive.
+        slack: what a base response may lose (or with "kl" differ), nats a token, before the anchor
+            pulls: A sees only what is beyond it. Needs `num_tokens`; not for "nll".
 
     Raises:
         ValueError: unknown names, a negative weight, or `num_tokens` missing where it is needed.
@@ -203,8 +206,10 @@ def bapo_loss(
     if anchor_placement == "margin" and anchor_loss == "nll":
         raise ValueError("anchor_loss 'nll' can't be placed in the margin; use 'additive'")
     per_token = anchor_reduction == "mean" or not {"ipo", "sigmoid_norm"}.isdisjoint(loss_types)
-    if per_token and num_tokens is None:
-        raise ValueError("num_tokens is needed for ipo, sigmoid_norm and anchor_reduction='mean'")
+    if (per_token or slack) and num_tokens is None:
+        raise ValueError(
+            "num_tokens is needed for ipo, sigmoid_norm, anchor_reduction='mean' and slack"
+        )
 
     # Δ of the three responses, each [n]
     chosen, rejected, base = (p - r for p, r in zip(policy, reference, strict=True))
@@ -213,6 +218,10 @@ def bapo_loss(
         length = num_tokens.base.clamp(min=1)
         base, policy_base = base / length, policy_base / length
         divergence = None if divergence is None else divergence / length
+    if slack:
+        room = slack if anchor_reduction == "mean" else slack * num_tokens.base.to(base.dtype)
+        base = torch.where(base < 0, (base + room).clamp_max(0), (base - room).clamp_min(0))
+        divergence = None if divergence is None else torch.relu(divergence - room)
     penalty = anchor_weight * anchor_penalty(base, policy_base, anchor_loss, divergence)  # [n]
 
     preference = torch.zeros_like(chosen)

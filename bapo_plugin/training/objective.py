@@ -88,7 +88,7 @@ class Objective:
         policy = ResponseLogps(*out.logps[: 3 * n].view(3, n))
         reference = ResponseLogps(*trainer.reference.logps(model, unwrapped, batch).view(3, n))
         num_tokens = ResponseLogps(*lengths[: 3 * n].view(3, n))
-        divergence = kept = out.logps.new_zeros(0)
+        divergence, kept = None, out.logps.new_zeros(0)
         if out.divergence is not None:
             divergence, kept = out.divergence.split([len(out.divergence) - m, m])
         bapo = trainer.bapo
@@ -97,7 +97,7 @@ class Objective:
             policy,
             reference,
             num_tokens,
-            divergence,
+            divergence if bapo.anchor_loss == "kl" else None,
             beta=trainer.beta,
             loss_type=trainer.loss_types,
             loss_weights=trainer.loss_weights,
@@ -106,6 +106,7 @@ class Objective:
             anchor_loss=bapo.anchor_loss,
             anchor_reduction=bapo.anchor_reduction,
             anchor_placement=bapo.anchor_placement,
+            slack=trainer.anchor_weight.slack,
         )
         metrics = row_metrics(rows, policy, reference, trainer.beta)
         if bapo.anchor_loss == "kl":

@@ -12,23 +12,25 @@ if TYPE_CHECKING:
     from bapo_plugin.training.objective import Terms
     from bapo_plugin.training.trainer import BAPOTrainer
 
-# of λ: its start, and its bounds, in units of β. A nat of preference gains at most β in the loss, so what holds a base
-# response is of that order whatever its length.
-_START, _LOWEST, _HIGHEST = 0.3, 1e-3, 100.0
+# of λ, in units of β: its bounds, and where it starts. A nat of preference gains at most β in the loss, so what holds a
+# base response is of that order whatever its length; a divergence, which grows as the square of a shift, needs more
+_LOWEST, _HIGHEST = 1e-3, 100.0
+_START = {"kl": 1.0}
+_START_OF_OTHERS = 0.3
 # share of the past in what is measured, a step
-_SMOOTHING = 0.7
+_SMOOTHING = 0.8
 # log λ follows the excess e by _NOW · e + _EVER · (sum of all e): the first brakes before the limit is reached and damps,
 # the second is dual ascent and leaves no error behind
-_NOW, _EVER = 2.0, 0.05
-_MOST = 1.0  # of |e|, so that a single bad step can't run away
+_NOW, _EVER = 1.0, 0.05
 
 
 class AnchorWeight(TrainerCallback, ExportableState):
     """Holds λ, and with `anchor_weight: auto` steers it after every optimiser step.
 
     The constraint is v <= `drift_limit`, where v is what base responses of the training rows have lost, nats a token:
-    mean of -Δ_b, or with `anchor_loss: kl` the divergence. With e = v / limit - 1 the multiplier rises while e > 0 and
-    falls while e < 0 (dual ascent in log λ). It is the same on every process and kept in checkpoints.
+    mean of -Δ_b, or with `anchor_loss: kl` the divergence. With e = v / limit - 1, clipped to [-1, 1], the multiplier rises
+    while e > 0 and falls while e < 0 (dual ascent in log λ). The anchor itself pulls only on what is beyond the limit
+    (`slack` of `bapo_loss`). λ is the same on every process and kept in checkpoints.
 
     Args:
         trainer: its settings and processes are used.
@@ -43,6 +45,10 @@ class AnchorWeight(TrainerCallback, ExportableState):
         #: [3]: smoothed lost nats, smoothed tokens, sum of e
         self._state = torch.zeros(3, dtype=torch.float32, device=device)
         self._fixed = None if self._auto else float(bapo.anchor_weight)
+        #: what the anchor leaves alone, nats a token of the base response
+        self.slack: float = bapo.drift_limit if self._auto else 0.0
+        start = _START.get(bapo.anchor_loss, _START_OF_OTHERS)
+        self._start, *self._bounds = map(math.log, (start, _LOWEST, _HIGHEST))
 
     @property
     def value(self) -> float | Tensor:
@@ -50,14 +56,14 @@ class AnchorWeight(TrainerCallback, ExportableState):
         if self._fixed is not None:
             return self._fixed
         beta = self._trainer.beta
-        log = math.log(_START) + _NOW * self._excess() + _EVER * self._state[2]
-        return beta * log.clamp(math.log(_LOWEST), math.log(_HIGHEST)).exp()
+        log = self._start + _NOW * self._excess() + _EVER * self._state[2]
+        return beta * log.clamp(*self._bounds).exp()
 
     def _excess(self) -> Tensor:
         lost, tokens, _ = self._state.unbind()
         limit = self._trainer.bapo.drift_limit
         # before anything is measured nothing is lost
-        return (lost / tokens.clamp_min(1e-6) / limit - 1).clamp(-_MOST, _MOST)
+        return (lost / tokens.clamp_min(1e-6) / limit - 1).clamp(-1, 1)
 
     def add(self, terms: "Terms") -> None:
         """What a batch of training rows has lost."""
@@ -79,7 +85,7 @@ class AnchorWeight(TrainerCallback, ExportableState):
         kept = _SMOOTHING * self._state[:2] + (1 - _SMOOTHING) * sums
         # a step that was left out since it wasn't finite says nothing
         self._state[:2] = torch.where(sums.isfinite().all(), kept, self._state[:2])
-        low, high = (math.log(bound / _START) / _EVER for bound in (_LOWEST, _HIGHEST))
+        low, high = ((bound - self._start) / _EVER for bound in self._bounds)
         self._state[2] = (self._state[2] + self._excess()).clamp(low, high)
 
     def on_train_begin(self, args, state, control, **kwargs):

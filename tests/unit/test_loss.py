@@ -80,6 +80,39 @@ def test_kl_is_the_divergence_that_is_given():
         bapo_loss(policy, reference, **options)
 
 
+@pytest.mark.parametrize(
+    ("anchor_loss", "base", "divergence", "expected"),
+    [
+        ("hinge", -7.0, 0.0, 2 - 0.8),  # lost 2 nats, of which 8 tokens may lose 0.1 each
+        ("hinge", -5.5, 0.0, 0.0),
+        ("hinge", -2.0, 0.0, 0.0),
+        ("absolute", -2.0, 0.0, 3 - 0.8),
+        ("squared", -7.0, 0.0, 1.2**2),
+        ("kl", -7.0, 1.6, 0.8),
+        ("kl", -7.0, 0.5, 0.0),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_slack_is_left_alone(anchor_loss, base, divergence, expected, reduction):
+    policy, reference = logps((-9, -12, base)), logps((-10, -11, -5))
+    tokens = ResponseLogps(*torch.tensor([[4], [3], [8]]))
+    out = bapo_loss(
+        policy,
+        reference,
+        tokens,
+        torch.tensor([divergence], dtype=torch.float64),
+        anchor_weight=1.0,
+        anchor_loss=anchor_loss,
+        anchor_reduction=reduction,
+        slack=0.1,
+    )
+    scale = {"sum": 1, "mean": 8 if anchor_loss != "squared" else 64}[reduction]
+    assert out.anchor.item() == pytest.approx(expected / scale, abs=1e-9)
+    assert out.active.item() == (expected > 0)
+    with pytest.raises(ValueError, match="slack"):
+        bapo_loss(policy, reference, slack=0.1)
+
+
 def test_weight_may_be_a_tensor():
     policy, reference = logps((-9, -12, -7)), logps((-10, -11, -5))
     given = bapo_loss(policy, reference, anchor_weight=torch.tensor(0.25, dtype=torch.float64))

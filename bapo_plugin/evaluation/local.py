@@ -63,7 +63,9 @@ def _question(row: dict, choices: int | None = None) -> dict:
     return {"question": _text(row, "question"), "choices": texts, "answer": answer}
 
 
-def _scienceqa(row: dict) -> dict:
+def _scienceqa(row: dict) -> dict | None:
+    if row.get("image") is not None:
+        return None  # a language model can't see the picture; the hub's are left out too
     hint = row.get("hint")
     if hint not in (None, ""):
         _text(row, "hint")
@@ -100,10 +102,10 @@ _ASKED = "group, question, choices and answer"
 LOCAL = {
     "scienceqa": LocalTask("scienceqa.jsonl", _scienceqa, "subject", f"{_ASKED}, and hint"),
     "mmlu_humanities": LocalTask("mmlu.jsonl", _mmlu, "subject", f"{_ASKED}, and subject"),
-    "hhh_alignment": LocalTask("hhh.jsonl", _hhh, "group", "group, prompt, chosen and rejected"),
+    "hhh": LocalTask("hhh.jsonl", _hhh, "group", "group, prompt, chosen and rejected"),
     "truthfulqa": LocalTask("truthfulqa.jsonl", _truthfulqa, "group", _ASKED),
 }
-PAPER_TASKS = ("scienceqa", "mmlu_humanities", "hhh_alignment")
+PAPER_TASKS = ("scienceqa", "mmlu_humanities", "hhh")
 
 
 def local_task(name: str, folder: Path) -> dict[str, Any]:

@@ -127,13 +127,15 @@ def _markdown(found: dict[str, Any]) -> str:
     text = [f"# {found['model']} before and after training", ""]
     if found["retention"]:
         text += [
-            f"Former answers: {found['retention']['prompts']} prompts, {found['retention']['tokens']} tokens. ± is one "
-            "standard error; that of a difference is paired, question by question.",
+            f"Former answers: {found['retention']['prompts']} prompts, {found['retention']['tokens']} tokens.",
             "",
         ]
+    text += ["± is one standard error; that of a difference is paired, question by question.", ""]
     text += _markdown_table(table_rows(found))
     if found["tasks"]:
         text += ["## Tasks by group and subject", "", f"{_AT_CHANCE.capitalize()}.", ""]
+        if found["data"]:
+            text += [f"Questions of files in {found['data']}.", ""]
         text += _markdown_table(part_rows(found))
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*text, versions, ""])

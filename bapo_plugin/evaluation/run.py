@@ -87,6 +87,7 @@ def evaluate(
             for name, adapter in subject.adapters.items()
             if adapter.scale is not None
         },
+        "data": str(data) if data else None,
         "retention": None,
         "tasks": [],
         "samples": [],

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bapo_plugin.store import write_whole
 
 RESULT = "bapo-eval"
-# on a wider table a terminal breaks every cell
-_COLUMNS = 2
 _AT_CHANCE = "at chance: the accuracy before is within two standard errors of guessing, so that a difference says little"
 
 
@@ -88,39 +87,64 @@ def _short(value: float, se: float | None) -> str:
 
 
 def _screen(found: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, tuple[str, str]]]]:
-    """(what, number of questions, before, adapter -> (after, difference)); subjects are for the files."""
+    """(what, number of questions, before, adapter -> (after, difference)).
+
+    Groups with a task's first metric only, subjects not at all: the rest is for the files.
+    """
     number = str(found["retention"]["prompts"]) if found["retention"] else ""
     for label, before, after in _retention(found):
         yield label, number, before, after
+    shown = set()
     for entry in found["tasks"]:
-        for part in (entry, *(part for part in entry["parts"] if part["kind"] == "group")):
+        groups = [part for part in entry["parts"] if part["kind"] == "group"]
+        for part in (entry, *(groups if entry["task"] not in shown else ())):
             label = f"  {part['name']}" if "name" in part else f"{entry['task']}, {entry['metric']}"
             before = ("≈ " if part["at_chance"] else "") + _short(**part["before"])
             after = {name: _after(numbers) for name, numbers in part["after"].items()}
             yield label, str(part["questions"] or ""), before, after
+        shown.add(entry["task"])
 
 
 def print_table(found: dict[str, Any]) -> None:
+    """A column for each adapter where they fit on the screen, else a row for each."""
+    console = Console()
     names = list(found["adapters"])
     rows = list(_screen(found))
+    side_by_side = _table(found, rows, _headings(names))
+    for label, number, before, after in rows:
+        side_by_side.add_row(
+            label, number, before, *(cell for name in names for cell in after[name])
+        )
+    wide = console.options.update(width=10_000)
+    if len(names) == 1 or console.measure(side_by_side, options=wide).maximum <= console.width:
+        console.print(side_by_side)
+        return
+    table = _table(found, rows, ["adapter", "after", "difference"])
+    for label, number, before, after in rows:
+        for i, name in enumerate(names):
+            shown = (label, number, before) if i == 0 else ("", "", "")
+            value, _, error = after[name][0].partition(" ± ")
+            difference = after[name][1]
+            if error and "±" not in difference:  # before is a constant: both have the same error
+                difference += f" ± {error}"
+            table.add_row(*shown, name, value, difference)
+    console.print(table)
+
+
+def _table(found: dict[str, Any], rows: list, headings: Sequence[str]) -> Table:
     marked = any(before.startswith("≈") for _, _, before, _ in rows)
     table = Table(
         title=f"{found['model']} before and after training; ± is one standard error",
         caption=f"≈ {_AT_CHANCE}" if marked else None,
+        box=box.SIMPLE_HEAD,
     )
-    wide = len(names) <= _COLUMNS
-    headings = _headings(names) if wide else ["adapter", "after", "difference"]
-    for heading in ("what", "number", "before", *headings):
-        left = heading in ("what", "adapter")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
-    for label, number, before, after in rows:
-        if wide:
-            table.add_row(label, number, before, *(cell for n in names for cell in after[n]))
+    table.add_column("what", overflow="fold")
+    for heading in ("n", "before", *headings):
+        if heading == "adapter":
+            table.add_column(heading, overflow="fold")
         else:
-            for i, name in enumerate(names):
-                shown = (label, number, before) if i == 0 else ("", "", "")
-                table.add_row(*shown, name, *after[name])
-    Console().print(table)
+            table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _markdown(found: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def _screen(found: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, tu
 
 def print_table(found: dict[str, Any]) -> None:
     """A column for each adapter where they fit on the screen, else a row for each."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are not ours
     names = list(found["adapters"])
     rows = list(_screen(found))
     side_by_side = _table(found, rows, _headings(names))
@@ -167,7 +167,9 @@ def _markdown(found: dict[str, Any]) -> str:
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+        )
 
     heading, *rows = rows
     return [line(heading), line(["---"] * len(heading)), *map(line, rows), ""]

@@ -102,10 +102,11 @@ def evaluate(
         found["samples"] = _samples(subject, answers, retention, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
-    print_table(found)
     # an adapter that is scaled too has one folder
     folders = [output] if output else dict.fromkeys(a.folder for a in subject.adapters.values())
-    return [path for folder in folders for path in write(found, folder)]
+    paths = [path for folder in folders for path in write(found, folder)]
+    print_table(found)
+    return paths
 
 
 def _former_answers(

@@ -55,7 +55,9 @@ def write_data(folder):
     pairs = [
         {"group": group, "prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["base"]}
         for group, rows in zip(
-            ("honest", "helpful", "harmless", "other"), [make_rows(16, seed=4)] * 4, strict=True
+            ("honest", "helpful", "harmless", "[/b] | other"),
+            [make_rows(16, seed=4)] * 4,
+            strict=True,
         )
         for row in rows[:4]
     ]
@@ -130,7 +132,7 @@ def test_the_papers_tasks_come_from_files(found):
     science = {"language science": 3, "natural science": 3, "social science": 3}
     assert names(entries["scienceqa", "acc"], "group") == science
     assert names(entries["mmlu_humanities", "acc"], "subject") == dict.fromkeys(SUBJECTS, 6)
-    hhh = {"honest": 4, "helpful": 4, "harmless": 4, "other": 4}
+    hhh = {"honest": 4, "helpful": 4, "harmless": 4, "[/b] | other": 4}
     assert names(entries["hhh", "acc"], "group") == hhh
     assert entries["mmlu_humanities", "acc"]["chance"] == 0.25
     assert entries["truthfulqa", "acc"]["parts"] == []
@@ -216,6 +218,8 @@ def test_the_screen_is_short_and_the_files_are_whole(found):
     assert "| mmlu_humanities, acc | prehistory | 6 | 0.250, at chance |" in text
     assert "| hhh, acc | honest | 4 | 0.500" in text
     assert "| truthfulqa, acc | all | 8 | 0.333" in text
+    # what stands in a file is neither markup nor a cell's end
+    assert "  [/b] | other" in output and "| hhh, acc | [/b] \\| other | 4 | 0.500" in text
     assert "| what | before | bapo | difference |" in text and "astronomy" not in text
 
 

@@ -1,7 +1,7 @@
 """The `bapo` command.
 
     bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain]
-    bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] ...
+    bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
 
 Also as `python -m bapo_plugin`, which accelerate can launch on several GPUs.
@@ -98,7 +98,25 @@ def evaluate(
             "--tasks",
             "-t",
             help="Tasks of lm-eval, by name or as YAML files; several with commas or by repeating. `paper`: ScienceQA, "
-            "MMLU humanities and HHH alignment, which ask the hub for their questions.",
+            "MMLU humanities and HHH alignment, which ask the hub for their questions unless --data is given.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Folder with the questions of local tasks, in place of the hub: scienceqa.jsonl, mmlu.jsonl and "
+            "hhh.jsonl (`--tasks paper`), truthfulqa.jsonl (`--tasks truthfulqa`).",
+        ),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale",
+            "-s",
+            help="Measure each LoRA also with its weights scaled by this, a number from 0 (before) to 1 (after) or "
+            "beyond; several with commas or by repeating.",
         ),
     ] = None,
     limit: Annotated[
@@ -128,10 +146,11 @@ def evaluate(
     adapters of one base model, which get a column each, or both.
 
     Loads the model once, quantised as in training; with its adapter off it is the one before.
-    Prints a table and writes bapo-eval.json and bapo-eval.md. No hub is asked, unless a task
-    or the YAML itself does.
+    Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
+    and subject. No hub is asked, unless a task or the YAML itself does.
     """
     from bapo_plugin.evaluation.run import evaluate
+    from bapo_plugin.evaluation.scaled import read_scales
 
     names = [name for text in tasks or () for name in text.split(",") if name]
     try:
@@ -139,6 +158,8 @@ def evaluate(
             targets,
             prompts=prompts,
             tasks=names,
+            data=data,
+            scales=read_scales(scale or ()),
             limit=limit,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

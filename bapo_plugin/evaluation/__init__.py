@@ -2,7 +2,11 @@
 
 run.py       what is measured, in order; former answers
 subject.py   the model, loaded once; its adapter switched off is what it was before
-harness.py   tasks of lm-eval, before and after, with paired errors
+scaled.py    adapters at a part of their strength
+harness.py   tasks of lm-eval, run before and after
+local.py     their questions from files, in place of the hub
+compare.py   results before and after, with paired errors, by task, group and subject
 output.py    the table, `bapo-eval.json` and `bapo-eval.md`
 tasks/       tasks of ours that lm-eval has not
+local_tasks/ tasks whose questions come from files
 """

@@ -1,77 +1,178 @@
 """What `bapo eval` found, as a table on the terminal and as files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bapo_plugin.store import write_whole
 
 RESULT = "bapo-eval"
+_AT_CHANCE = "at chance: the accuracy before is within two standard errors of guessing, so that a difference says little"
 
 
 def table_rows(found: dict[str, Any]) -> list[list[str]]:
     """The results as text: a heading, then one row a number, `before` and for each adapter `after`."""
     names = list(found["adapters"])
-    rows = [["what", "before", *[part for name in names for part in (name, "difference")]]]
-    if retention := found["retention"]:
-        for key, label, at_start in (
-            ("drift", "drift of former answers, nats an answer", 0.0),
-            ("drift_per_token", "drift, nats a token", 0.0),
-            ("agreement", "agreement of the likeliest token", 1.0),
-            ("kl", "KL(before ‖ after), nats a token", 0.0),
-        ):
-            row = [label, _short(at_start, None)]
-            for name in names:
-                part = retention["after"][name][key]
-                row += [_short(part["value"], part["se"]), f"{part['value'] - at_start:+.3f}"]
-            rows.append(row)
+    rows = [["what", "before", *_headings(names)]]
+    for label, before, after in _retention(found):
+        rows.append([label, before, *(cell for name in names for cell in after[name])])
     for entry in found["tasks"]:
-        row = [f"{entry['task']}, {entry['metric']}", _short(**entry["before"])]
-        for name in names:
-            part = entry["after"][name]
-            difference = f"{part['difference']:+.3f}"
-            if part["difference_se"] is not None:
-                difference += f" ± {part['difference_se']:.3f}"
-            row += [_short(part["value"], part["se"]), difference]
-        rows.append(row)
+        rows.append([f"{entry['task']}, {entry['metric']}", *_numbers(entry, names)])
     return rows
+
+
+def part_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Tasks with the number of their questions, then their groups and subjects; a heading first."""
+    names = list(found["adapters"])
+    rows = [["task", "part", "questions", "chance", "before", *_headings(names)]]
+    for entry in found["tasks"]:
+        for part in (entry, *entry["parts"]):
+            chance = "" if part["chance"] is None else f"{part['chance']:.3f}"
+            rows.append(
+                [
+                    f"{entry['task']}, {entry['metric']}",
+                    part.get("name", "all"),
+                    str(part["questions"] or ""),
+                    f"{chance}, at chance" if part["at_chance"] else chance,
+                    *_numbers(part, names),
+                ]
+            )
+    return rows
+
+
+def _headings(names: Sequence[str]) -> list[str]:
+    return [heading for name in names for heading in (name, "difference")]
+
+
+def _retention(found: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, tuple[str, str]]]]:
+    """(label, before, adapter -> (after, difference)) of former answers."""
+    for key, label, at_start in (
+        ("drift", "drift of former answers, nats an answer", 0.0),
+        ("drift_per_token", "drift, nats a token", 0.0),
+        ("agreement", "agreement of the likeliest token", 1.0),
+        ("kl", "KL(before ‖ after), nats a token", 0.0),
+    ):
+        if found["retention"]:
+            after = {
+                name: (_short(**numbers[key]), f"{numbers[key]['value'] - at_start:+.3f}")
+                for name, numbers in found["retention"]["after"].items()
+            }
+            yield label, _short(at_start, None), after
+
+
+def _numbers(measured: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """before, and for each adapter after and difference."""
+    return [
+        _short(**measured["before"]),
+        *(cell for name in names for cell in _after(measured["after"][name])),
+    ]
+
+
+def _after(part: dict[str, Any]) -> tuple[str, str]:
+    if part["difference"] is None:
+        return "", ""
+    difference = f"{part['difference']:+.3f}"
+    if part["difference_se"] is not None:
+        difference += f" ± {part['difference_se']:.3f}"
+    return _short(part["value"], part["se"]), difference
 
 
 def _short(value: float, se: float | None) -> str:
     return f"{value:.3f}" + ("" if se is None else f" ± {se:.3f}")
 
 
+def _screen(found: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, tuple[str, str]]]]:
+    """(what, number of questions, before, adapter -> (after, difference)).
+
+    Groups with a task's first metric only, subjects not at all: the rest is for the files.
+    """
+    number = str(found["retention"]["prompts"]) if found["retention"] else ""
+    for label, before, after in _retention(found):
+        yield label, number, before, after
+    shown = set()
+    for entry in found["tasks"]:
+        groups = [part for part in entry["parts"] if part["kind"] == "group"]
+        for part in (entry, *(groups if entry["task"] not in shown else ())):
+            label = f"  {part['name']}" if "name" in part else f"{entry['task']}, {entry['metric']}"
+            before = ("≈ " if part["at_chance"] else "") + _short(**part["before"])
+            after = {name: _after(numbers) for name, numbers in part["after"].items()}
+            yield label, str(part["questions"] or ""), before, after
+        shown.add(entry["task"])
+
+
 def print_table(found: dict[str, Any]) -> None:
-    heading, *rows = table_rows(found)
-    title = f"{found['model']} before and after training; ± is one standard error"
-    table = Table(title=title)
-    for i, name in enumerate(heading):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    """A column for each adapter where they fit on the screen, else a row for each."""
+    console = Console(markup=False, emoji=False)  # names are not ours
+    names = list(found["adapters"])
+    rows = list(_screen(found))
+    side_by_side = _table(found, rows, _headings(names))
+    for label, number, before, after in rows:
+        side_by_side.add_row(
+            label, number, before, *(cell for name in names for cell in after[name])
+        )
+    wide = console.options.update(width=10_000)
+    if len(names) == 1 or console.measure(side_by_side, options=wide).maximum <= console.width:
+        console.print(side_by_side)
+        return
+    table = _table(found, rows, ["adapter", "after", "difference"])
+    for label, number, before, after in rows:
+        for i, name in enumerate(names):
+            shown = (label, number, before) if i == 0 else ("", "", "")
+            value, _, error = after[name][0].partition(" ± ")
+            difference = after[name][1]
+            if error and "±" not in difference:  # before is a constant: both have the same error
+                difference += f" ± {error}"
+            table.add_row(*shown, name, value, difference)
+    console.print(table)
+
+
+def _table(found: dict[str, Any], rows: list, headings: Sequence[str]) -> Table:
+    marked = any(before.startswith("≈") for _, _, before, _ in rows)
+    table = Table(
+        title=f"{found['model']} before and after training; ± is one standard error",
+        caption=f"≈ {_AT_CHANCE}" if marked else None,
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("what", overflow="fold")
+    for heading in ("n", "before", *headings):
+        if heading == "adapter":
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _markdown(found: dict[str, Any]) -> str:
-    heading, *rows = table_rows(found)
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
     text = [f"# {found['model']} before and after training", ""]
     if found["retention"]:
         text += [
-            f"Former answers: {found['retention']['prompts']} prompts, {found['retention']['tokens']} tokens. ± is one "
-            "standard error; that of a difference is paired, question by question.",
+            f"Former answers: {found['retention']['prompts']} prompts, {found['retention']['tokens']} tokens.",
             "",
         ]
-    text += [line(heading), line(["---"] * len(heading)), *map(line, rows), ""]
+    text += ["± is one standard error; that of a difference is paired, question by question.", ""]
+    text += _markdown_table(table_rows(found))
+    if found["tasks"]:
+        text += ["## Tasks by group and subject", "", f"{_AT_CHANCE.capitalize()}.", ""]
+        if found["data"]:
+            text += [f"Questions of files in {found['data']}.", ""]
+        text += _markdown_table(part_rows(found))
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*text, versions, ""])
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return (
+            "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+        )
+
+    heading, *rows = rows
+    return [line(heading), line(["---"] * len(heading)), *map(line, rows), ""]
 
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:

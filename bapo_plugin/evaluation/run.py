@@ -28,6 +28,8 @@ def evaluate(
     *,
     prompts: str | None = None,
     tasks: Sequence[str] = (),
+    data: Path | None = None,
+    scales: Sequence[float] = (),
     limit: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 8,
@@ -41,6 +43,8 @@ def evaluate(
         targets: a YAML (then its `output_dir` is the adapter) and folders of adapters, of one base model.
         prompts: file with prompts (see `read_prompts`), or a number of held-out rows of the YAML.
         tasks: names of lm-eval's tasks, YAML files of tasks, or "paper".
+        data: folder with files that the paper's tasks take their questions from (see `local`). Default: the hub.
+        scales: each adapter is also measured with its weights scaled by these.
         limit: at most so many questions of a task.
         max_new_tokens: of an answer to a prompt of a file, and of the samples.
         batch_size: for the tasks.
@@ -60,16 +64,16 @@ def evaluate(
         raise ValueError(
             f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
         )
-    if prompts is None and not tasks and not config:
+    if prompts is None and not tasks and not data and not config:
         raise ValueError(
             "nothing to measure: name --prompts FILE, --tasks, or the YAML of a BAPO run"
         )
     chats = read_prompts(prompts) if prompts and not prompts.isdigit() else None
-    manager, names = find_tasks(tasks) if tasks else (None, [])
+    manager, names = find_tasks(tasks, data) if tasks or data else (None, [])
     if config:
-        subject = load_run(config[0], folders)
+        subject = load_run(config[0], folders, scales)
     else:
-        subject = load_adapters(folders, load_in_4bit)
+        subject = load_adapters(folders, load_in_4bit, scales)
     answers = _former_answers(subject, prompts, chats, max_new_tokens, required=not tasks)
 
     found: dict[str, Any] = {
@@ -77,7 +81,13 @@ def evaluate(
         "model": subject.model.config.name_or_path,
         "versions": {"axolotl-plugin-bapo": __version__}
         | {n: version(n) for n in ("axolotl", "torch", "transformers", "peft", "lm_eval")},
-        "adapters": {name: str(folder) for name, (_, folder) in subject.adapters.items()},
+        "adapters": {name: str(adapter.folder) for name, adapter in subject.adapters.items()},
+        "scales": {
+            name: adapter.scale
+            for name, adapter in subject.adapters.items()
+            if adapter.scale is not None
+        },
+        "data": str(data) if data else None,
         "retention": None,
         "tasks": [],
         "samples": [],
@@ -92,9 +102,11 @@ def evaluate(
         found["samples"] = _samples(subject, answers, retention, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
+    # an adapter that is scaled too has one folder
+    folders = [output] if output else dict.fromkeys(a.folder for a in subject.adapters.values())
+    paths = [path for folder in folders for path in write(found, folder)]
     print_table(found)
-    folders = [output] if output else [folder for _, folder in subject.adapters.values()]
-    return [path for folder in folders for path in write(found, folder)]
+    return paths
 
 
 def _former_answers(

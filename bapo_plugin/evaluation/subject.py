@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,34 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from bapo_plugin.answers.prompts import Asker
 from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import is_active, parse_block
+from bapo_plugin.evaluation.scaled import check_scalable
 from bapo_plugin.models import WHOLE, load_reference, reference_adapter
 from bapo_plugin.opening import template_date
 from bapo_plugin.training.callbacks import RECORD
 
 LOG = get_logger("axolotl." + __name__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it is measured.
+
+    Args:
+        inside: its name in the model.
+        folder: where it lies.
+        scale: α of θ_0 + α Δ; None leaves it as it is.
+    """
+
+    inside: str
+    folder: Path
+    scale: float | None = None
 
 
 @dataclass
@@ -32,14 +49,14 @@ class Subject:
 
     Args:
         model: with all adapters.
-        adapters: shown name -> (name in the model, folder).
+        adapters: shown name -> adapter.
         start: the adapter that was there before training, where training went on with one.
         cfg: axolotl's configuration, where one was given.
     """
 
     model: Any
     tokenizer: Any
-    adapters: dict[str, tuple[str, Path]]
+    adapters: dict[str, Adapter]
     start: str | None = None
     cfg: Any = None
 
@@ -62,33 +79,42 @@ class Subject:
 
     @contextmanager
     def after(self, name: str) -> Iterator[None]:
-        """The model with one of the adapters."""
-        self.model.set_adapter(self.adapters[name][0])
-        yield
+        """The model with one of the adapters, scaled where it says so."""
+        adapter = self.adapters[name]
+        self.model.set_adapter(adapter.inside)
+        scaled = adapter.scale is not None
+        with rescale_adapter_scale(self.model, adapter.scale) if scaled else nullcontext():
+            yield
 
 
-def load_run(config: Path, folders: list[Path]) -> Subject:
+def load_run(config: Path, folders: list[Path], scales: Sequence[float] = ()) -> Subject:
     """The model of a YAML, with the adapter in its output_dir, or those in `folders`.
 
+    Args:
+        scales: each adapter is measured at these too.
+
     Raises:
-        ValueError: there is no such file, or no adapter.
+        ValueError: there is no such file, no adapter, or one that can't be scaled.
     """
     if not config.is_file():
         raise ValueError(f"there is no file {config}")
-    return _load(str(config), str(config), folders)
+    return _load(str(config), str(config), folders, scales)
 
 
-def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject:
+def load_adapters(
+    folders: Sequence[Path], load_in_4bit: bool | None, scales: Sequence[float] = ()
+) -> Subject:
     """The model that adapters were trained on, loaded as their run's record says.
 
     Args:
         folders: with adapters; of a run's folder or a checkpoint in it.
         load_in_4bit: overrides the record.
+        scales: each adapter is measured at these too.
 
     Raises:
-        ValueError: they belong to different models.
+        ValueError: they belong to different models, or one can't be scaled.
     """
-    adapters = _check_adapters(folders)
+    adapters = _check_adapters(folders, scales)
     bases = {
         str(folder): PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         for folder in adapters.values()
@@ -102,7 +128,7 @@ def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject
         if load_in_4bit is not None:
             config |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
             config["adapter"] = "qlora" if load_in_4bit else "lora"
-        return _load(DictDefault(config), f"the record of {first}", list(folders))
+        return _load(DictDefault(config), f"the record of {first}", list(folders), scales)
     if load_in_4bit is None:
         LOG.warning(
             f"{first} has no record of its run ({RECORD}): the model is loaded without quantisation; name the run's YAML, "
@@ -124,10 +150,10 @@ def load_adapters(folders: Sequence[Path], load_in_4bit: bool | None) -> Subject
     )
     has_tokenizer = (first / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(str(first) if has_tokenizer else base)
-    return _with_adapters(model, tokenizer, adapters, None, None)
+    return _with_adapters(model, tokenizer, adapters, scales, None, None)
 
 
-def _load(config: Any, name: str, folders: list[Path]) -> Subject:
+def _load(config: Any, name: str, folders: list[Path], scales: Sequence[float]) -> Subject:
     cfg = load_cfg(config, **WHOLE)
     if not isinstance(config, str):
         Path(cfg.axolotl_config_path).unlink(missing_ok=True)  # axolotl wrote it to read it again
@@ -136,10 +162,16 @@ def _load(config: Any, name: str, folders: list[Path]) -> Subject:
             f"{name} trains without an adapter: before and after are two models then; compare them with lm_eval"
         )
     cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
-    adapters = _check_adapters(folders or [Path(cfg.output_dir)])
-    tokenizer = load_tokenizer(cfg)
+    adapters = _check_adapters(folders or [Path(cfg.output_dir)], scales)
     start = reference_adapter(cfg) if is_active(cfg) else None
-    return _with_adapters(load_reference(cfg, tokenizer, None), tokenizer, adapters, start, cfg)
+    if start and scales:
+        raise ValueError(
+            f"--scale: {name} went on training the adapter {start}, so that a scaled adapter isn't on the way from "
+            "before to after; evaluate it without --scale"
+        )
+    tokenizer = load_tokenizer(cfg)
+    model = load_reference(cfg, tokenizer, None)
+    return _with_adapters(model, tokenizer, adapters, scales, start, cfg)
 
 
 def recorded_config(folder: Path) -> dict[str, Any] | None:
@@ -170,13 +202,15 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _check_adapters(folders: Sequence[Path]) -> dict[str, Path]:
+def _check_adapters(folders: Sequence[Path], scales: Sequence[float]) -> dict[str, Path]:
     """name -> folder; the name is the folder's, or its path where two have the same."""
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
             raise ValueError(
                 f"{folder} has no trained adapter (no adapter_config.json); train first, or name its folder"
             )
+        if scales:
+            check_scalable(folder)
     names = [folder.resolve().name for folder in folders]
     distinct = len(set(names)) == len(names)
     return {
@@ -186,7 +220,12 @@ def _check_adapters(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _with_adapters(
-    model: Any, tokenizer: Any, adapters: dict[str, Path], start: str | None, cfg: Any
+    model: Any,
+    tokenizer: Any,
+    adapters: dict[str, Path],
+    scales: Sequence[float],
+    start: str | None,
+    cfg: Any,
 ) -> Subject:
     inside = {name: f"after{i}" for i, name in enumerate(adapters)}
     for name, folder in adapters.items():
@@ -197,5 +236,11 @@ def _with_adapters(
     if start:
         model.load_adapter(start, adapter_name="start")
     keep_4bit_trainable_on_cpu(model)
-    shown = {name: (inside[name], folder) for name, folder in adapters.items()}
+    shown = {}
+    for name, folder in adapters.items():
+        shown[name] = Adapter(inside[name], folder)
+        for scale in scales:
+            shown[f"{name} × {str(scale).removesuffix('.0')}"] = Adapter(
+                inside[name], folder, scale
+            )
     return Subject(model.eval(), tokenizer, shown, "start" if start else None, cfg)

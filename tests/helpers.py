@@ -65,8 +65,26 @@ def fresh_lora():
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def kept_prompts(n=5, seed=9):
+    """Prompts of `bapo.keep` with base responses: random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 300, (length,), generator=generator).tolist()
+
+    return Dataset.from_list([{"prompt_ids": ids(3, 9), "base_ids": ids(2, 12)} for _ in range(n)])
+
+
 def bapo_trainer(
-    tmp_path, model=None, rows=None, bapo=None, eval_rows=None, cache_dir=None, **changes
+    tmp_path,
+    model=None,
+    rows=None,
+    bapo=None,
+    eval_rows=None,
+    cache_dir=None,
+    keep_dataset=None,
+    **changes,
 ):
     return BAPOTrainer(
         model if model is not None else make_model(vocab_size=len(make_tokenizer())),
@@ -77,6 +95,7 @@ def bapo_trainer(
         peft_config=fresh_lora() if model is None else None,
         bapo=BAPOConfig(**(bapo or {})),
         cache_dir=cache_dir,
+        keep_dataset=keep_dataset,
     )
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from helpers import bapo_trainer, lora_model, randomize_lora
+from helpers import bapo_trainer, kept_prompts, lora_model, randomize_lora
 from safetensors.torch import load_file
 from tiny import make_rows
 from torch.distributed.tensor import DTensor
@@ -97,8 +97,13 @@ def main(
     die_on: int = 0,
     pause: float = 0.0,
     state_dict_type: str = "FULL_STATE_DICT",
+    anchor: dict | None = None,
+    keep: bool = False,
 ) -> None:
     bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
+    bapo |= anchor or {}
+    if keep:
+        bapo["keep"] = {"prompts": "asked.txt", "weight": 0.5, "per_step": 3}
     if retention is not None:
         bapo["retention"] = {"prompts": retention, "every": 2, "max_new_tokens": 5}
     model = None
@@ -117,6 +122,7 @@ def main(
         gradient_accumulation_steps=accumulation,
         ddp_backend="gloo" if "RANK" in os.environ else None,
         cache_dir=folder / "cache",
+        keep_dataset=kept_prompts() if keep else None,
         save_strategy="steps",
         save_steps=1,
         **settings_of(kind, state_dict_type),

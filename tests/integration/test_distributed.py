@@ -44,6 +44,8 @@ def run(folder, processes, **settings):
     return json.loads((folder / "result.json").read_text())
 
 
+SETTINGS = {"rows": 32, "tokens": 80, "continued": True, "keep": True}
+SETTINGS["anchor"] = {"anchor_weight": "auto", "drift_limit": 0.01}
 PROMPTS = "tell me about the sea\nwho are you\nname three blue leaf please\n"
 
 
@@ -56,9 +58,9 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, prompts):
-    """Packs of tokens, a continued adapter, retention."""
+    """Packs of tokens, a continued adapter, a weight that is found, kept prompts, retention."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    return run(folder, 1, batch=8, rows=32, tokens=80, continued=True, retention=prompts)
+    return run(folder, 1, batch=8, **SETTINGS, retention=prompts)
 
 
 def same(one, two, steps):
@@ -79,12 +81,13 @@ def same(one, two, steps):
 def test_two_processes_are_one(tmp_path, one, prompts, kind):
     """With packs whose number differs between ranks, as do the rows in them; killed after the first checkpoint and
     resumed, which changes nothing either."""
-    settings = {"kind": kind, "batch": 4, "rows": 32, "tokens": 80, "continued": True}
+    settings = {"kind": kind, "batch": 4, **SETTINGS}
     two = run(tmp_path / "two", 2, **settings, retention=prompts)
     same(one, two, 4)
-    key = "retention/drift"
-    found = [[e[key] for e in result["log"] if key in e] for result in (one, two)]
-    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], abs=1e-4)
+    for key, count in (("retention/drift", 2), ("anchor/weight", 4), ("keep/kl", 4)):
+        found = [[e[key] for e in result["log"] if key in e] for result in (one, two)]
+        assert len(found[0]) == count and found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-4)
+        assert len(set(found[0])) == count, key
     folder = tmp_path / "killed"
     folder.mkdir()
     dies = json.dumps({**settings, "retention": prompts, "die_at": 2, "die_on": 1})
@@ -96,8 +99,9 @@ def test_two_processes_are_one(tmp_path, one, prompts, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_micro_batches_of_a_new_adapter(tmp_path, kind):
-    one = run(tmp_path / "one", 1, batch=4)
-    same(one, run(tmp_path / "two", 2, kind=kind, batch=1, accumulation=2), 4)
+    settings = {"anchor": {"anchor_loss": "kl"}}
+    one = run(tmp_path / "one", 1, batch=4, **settings)
+    same(one, run(tmp_path / "two", 2, kind=kind, batch=1, accumulation=2, **settings), 4)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from datasets import Dataset
 from helpers import (
     bapo_trainer,
     batch_of,
-    fresh_lora,
     gradients,
+    kept_prompts,
     lora_model,
     randomize_lora,
     training_args,
@@ -20,25 +20,14 @@ from bapo_plugin.scoring.collator import KEPT, num_rows
 KEEP = {"prompts": "asked.txt", "weight": 0.7, "per_step": 3}
 
 
-def kept_prompts(n=5, seed=9):
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 300, (length,), generator=generator).tolist()
-
-    return Dataset.from_list([{"prompt_ids": ids(3, 9), "base_ids": ids(2, 12)} for _ in range(n)])
-
-
 def keeping(tmp_path, bapo=None, rows=None, prompts=None, family="llama", **changes):
-    return BAPOTrainer(
-        make_model(family, vocab_size=len(make_tokenizer())),
-        args=training_args(tmp_path / "out", **changes),
-        train_dataset=Dataset.from_list(rows or make_rows(8)),
-        processing_class=make_tokenizer(),
-        peft_config=fresh_lora(),
-        bapo=BAPOConfig(keep=KEEP, **(bapo or {})),
+    return bapo_trainer(
+        tmp_path,
+        lora_model(family),
+        rows,
+        {"keep": KEEP, "reference": "base", **(bapo or {})},
         keep_dataset=kept_prompts() if prompts is None else prompts,
+        **changes,
     )
 
 
@@ -192,17 +181,9 @@ def test_the_kept_part_holds_the_model(tmp_path):
     """Trained to move far, kept prompts stay nearer with a weight than almost without."""
     kl = {}
     for weight in (1e-6, 2.0):
-        rows = make_rows(16)
         bapo = {"keep": KEEP | {"weight": weight, "per_step": 5}, "anchor_weight": 0.0}
-        trainer = BAPOTrainer(
-            make_model(vocab_size=len(make_tokenizer())),
-            args=training_args(tmp_path / "out", num_train_epochs=4, learning_rate=3e-3),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=make_tokenizer(),
-            peft_config=fresh_lora(),
-            bapo=BAPOConfig(**bapo),
-            keep_dataset=kept_prompts(),
-        )
+        args = {"num_train_epochs": 4, "learning_rate": 3e-3}
+        trainer = keeping(tmp_path, bapo, make_rows(16), **args)
         trainer.train()
         kl[weight] = kl_by_hand(trainer.model, kept_prompts()).mean().item()
     assert kl[2.0] < 0.3 * kl[1e-6]

@@ -46,7 +46,8 @@ class BAPOConfig(Block):
         json_schema_extra={
             "description": "Penalty on the drift Δ of the base response: hinge max(0, −Δ), absolute |Δ|, "
             "squared Δ², nll −log π(y_b|x). kl: KL(π_ref ‖ π_θ) over its tokens, which holds the whole "
-            "distribution and costs a pass of the reference over prompt and base response in each step."
+            "distribution and costs a pass of the reference over prompt and base response in each step. Default: "
+            "hinge, with anchor_weight: auto kl."
         },
     )
     anchor_reduction: AnchorReduction = Field(
@@ -68,7 +69,8 @@ class BAPOConfig(Block):
         gt=0,
         allow_inf_nan=False,
         json_schema_extra={
-            "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token. "
+            "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token: with "
+            "anchor_loss: kl the divergence KL(π_ref ‖ π_θ), else the mean of −Δ. The anchor pulls on what is beyond it. "
             f"Default: {DRIFT_LIMIT}"
         },
     )
@@ -192,6 +194,9 @@ class BAPOConfig(Block):
             )
         if self.drift_limit is None:
             self.drift_limit = DRIFT_LIMIT
+        if "anchor_loss" not in self.model_fields_set:
+            # of all forms the one without noise of a single answer, and without gains that cancel losses
+            self.anchor_loss = "kl"
         return self
 
     @model_validator(mode="after")

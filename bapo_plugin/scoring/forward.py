@@ -35,8 +35,8 @@ _NOT_FOR_MODEL = (
 )
 
 _NO_DIVERGENCE = (
-    "bapo.anchor_loss: kl and bapo.keep compare distributions under one plain, frozen output head, but {reason}; take "
-    "another anchor_loss and remove `keep:`"
+    "bapo.anchor_loss: kl and bapo.keep compare distributions under one plain, frozen output head, but {reason}; set "
+    "bapo.anchor_loss: hinge and no bapo.keep"
 )
 _TRIES = 3
 _HALF_CHUNK = 2**29  # bytes; half of what bapo_kernels takes on a GPU

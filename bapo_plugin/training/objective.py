@@ -67,13 +67,13 @@ class Objective:
         if not is_peft_model(self._trainer.model):
             raise ValueError(
                 f"{key} compares distributions under one frozen output head, so it needs an adapter; set `adapter:`, "
-                "or take another anchor"
+                "or bapo.anchor_loss: hinge and no bapo.keep"
             )
         head = self._trainer.model.get_output_embeddings()
         if head is not None and any(p.requires_grad for p in head.parameters()):
             raise ValueError(
                 f"{key} compares distributions under one frozen output head, but here the head trains; take it out of "
-                "lora_target_modules, lora_modules_to_save and trained embeddings, or take another anchor"
+                "lora_target_modules, lora_modules_to_save and trained embeddings, or set bapo.anchor_loss: hinge and no bapo.keep"
             )
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Terms:

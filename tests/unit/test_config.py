@@ -3,7 +3,7 @@
 import pytest
 
 from bapo_plugin.checks import check_config
-from bapo_plugin.config import BAPOConfig, parse_block
+from bapo_plugin.config import DRIFT_LIMIT, BAPOConfig, parse_block
 
 GOOD = {
     "rl": "bapo",
@@ -16,6 +16,10 @@ GOOD = {
 def test_defaults():
     config = check_config(GOOD)
     assert (config.anchor_weight, config.anchor_loss) == (0.03, "hinge")
+    budget = parse_block({"anchor_weight": "auto"})
+    assert (budget.drift_limit, budget.anchor_loss) == (DRIFT_LIMIT, "kl")
+    assert parse_block({"anchor_weight": "auto", "anchor_loss": "hinge"}).anchor_loss == "hinge"
+    assert parse_block(budget.model_dump(exclude_none=True)) == budget
     assert (config.anchor_reduction, config.anchor_placement) == ("sum", "additive")
 
 

@@ -68,7 +68,8 @@ TEMPLATE = (
 BETA = 0.1
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # name -> settings of the trainer. "on": whose likelihood the anchor holds; on the chosen response it makes the
-# known remedies: NLL on chosen (TRL's rpo_alpha: 1, mean over tokens) and DPOP (Pal et al. 2024, λ = 5)
+# known remedies: NLL on chosen (TRL's rpo_alpha: 1, mean over tokens) and DPOP (Pal et al. 2024, λ = 5). "keep": weight of
+# `bapo.keep`, 4 of its prompts a step; they are not among those that are measured
 METHODS: dict[str, dict] = {
     "DPO": {"anchor_weight": 0},
     "DPO, β = 0.3": {"anchor_weight": 0, "beta": 0.3},
@@ -80,6 +81,12 @@ METHODS: dict[str, dict] = {
     "BAPO absolute 0.1": {"anchor_loss": "absolute", "anchor_weight": 0.1},
     "BAPO squared 0.01": {"anchor_loss": "squared", "anchor_weight": 0.01},
     "BAPO nll 0.1": {"anchor_loss": "nll", "anchor_weight": 0.1},
+    "BAPO kl 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1},
+    "BAPO kl 0.3": {"anchor_loss": "kl", "anchor_weight": 0.3},
+    "BAPO auto 0.05": {"anchor_weight": "auto", "drift_limit": 0.05},
+    "BAPO auto 0.02": {"anchor_weight": "auto", "drift_limit": 0.02},
+    "BAPO hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
+    "BAPO kl 0.1 + keep 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1, "keep": 0.1},
 }  # fmt: skip
 DEFAULT = "BAPO hinge 0.03"
 
@@ -94,7 +101,9 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         self.pad = self.tokenizer.pad_token_id
         self.forward = ResponseForward(log=lambda text: None)
-        self.unrelated = self.answers(unrelated_prompts()[: args.unrelated], "Unrelated prompts")
+        prompts = unrelated_prompts()
+        self.unrelated = self.answers(prompts[: args.unrelated], "Unrelated prompts")
+        self.kept = self.answers(prompts[args.unrelated :][: args.kept], "Prompts to keep")
         self._reference_logits: dict[int, torch.Tensor] = {}
 
     def answers(self, prompts: Sequence[str], name: str) -> list[FormerAnswer]:
@@ -187,7 +196,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, bench: Bench, held_out: list[dict], every: int):
         self.bench, self.held_out, self.every = bench, held_out, every
-        self.points = [{"step": 0, "accuracy": 0.5, "margin": 0.0, "drift": 0.0}]
+        self.points = [{"step": 0, "accuracy": 0.5, "margin": 0.0, "drift": 0.0, "kl": 0.0}]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
@@ -203,6 +212,7 @@ class Curve(TrainerCallback):
                 "accuracy": float((margins > 0).double().mean()),
                 "margin": float(margins.mean()),
                 "drift": float(self.retention.drift.mean()),
+                "kl": float(self.retention.kl.mean()),
             }
         )
 
@@ -212,6 +222,12 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
     args = bench.args
     settings = dict(METHODS[method])
     beta, on = settings.pop("beta", BETA), settings.pop("on", "base")
+    kept = None
+    if "keep" in settings:
+        settings["keep"] = {"prompts": "unrelated.txt", "weight": settings["keep"], "per_step": 4}
+        kept = Dataset.from_list(
+            [{"prompt_ids": a.prompt_ids, "base_ids": a.answer_ids} for a in bench.kept]
+        )
     if on == "chosen":
         train = [
             row | {"base_ids": row["chosen_ids"], COLUMN: [*row[COLUMN][:2], row[COLUMN][0]]}
@@ -252,6 +268,7 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
                 task_type="CAUSAL_LM",
             ),
             bapo=BAPOConfig(shared_prefix="require", **settings),
+            keep_dataset=kept,
         )
         trainer.add_callback(curve)
         trainer.pop_callback(type(trainer.record))
@@ -262,7 +279,7 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
         raise RuntimeError(f"the reference is not the model before training: {training[0]}")
     found = {
         "method": method,
-        "anchor_loss": settings.get("anchor_loss", "hinge") if method.startswith("BAPO") else None,
+        "anchor_loss": trainer.bapo.anchor_loss if method.startswith("BAPO") else None,
         "anchor_weight": settings["anchor_weight"] if method.startswith("BAPO") else 0,
         "seed": seed,
         "preference_accuracy": curve.points[-1]["accuracy"],
@@ -281,14 +298,14 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
     return found | {"_model": model}
 
 
-def at_level(points: list[dict], key: str, level: float) -> float | None:
-    """The drift where the curve first reaches the level, linear between points; None where it doesn't."""
+def at_level(points: list[dict], key: str, level: float, of: str = "drift") -> float | None:
+    """The drift (or KL) where the curve first reaches the level, linear between points; None where it doesn't."""
     for before, after in pairwise(points):
         if after[key] >= level:
             rise = after[key] - before[key]
             share = (level - before[key]) / rise if rise > 0 else 1.0
             share = min(1.0, max(0.0, share))
-            return before["drift"] + share * (after["drift"] - before["drift"])
+            return before[of] + share * (after[of] - before[of])
     return None
 
 
@@ -308,6 +325,9 @@ def add_matched(rows: list[dict]) -> None:
             level = min(max(p[key] for p in r["curve"]) for r in (row, dpo))
             own, other = (at_level(r["curve"], key, level) for r in (row, dpo))
             row["matched"][key] = {"level": level, "drift": own, "dpo_drift": other}
+            if "kl" in row["curve"][0] and "kl" in dpo["curve"][0]:
+                row["matched"][key]["kl"] = at_level(row["curve"], key, level, "kl")
+                row["matched"][key]["dpo_kl"] = at_level(dpo["curve"], key, level, "kl")
 
 
 def main() -> None:
@@ -327,6 +347,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40, help="in training")
     parser.add_argument("--held-out", type=int, default=16, help="pairs")
     parser.add_argument("--unrelated", type=int, default=24, help="prompts")
+    parser.add_argument("--kept", type=int, default=24, help="prompts of `bapo.keep`, besides")
     parser.add_argument("--base-tokens", type=int, default=24, help="most of a former answer")
     parser.add_argument("--mmlu", type=int, default=40, help="questions")
     parser.add_argument("--json", type=Path, help="write the results here; runs in it are kept")
@@ -355,10 +376,11 @@ def main() -> None:
         name: getattr(args, name)
         for name in (
             *("steps", "eval_steps", "batch_size", "lr", "pairs", "held_out", "unrelated"),
-            *("base_tokens", "mmlu"),
+            *("base_tokens", "mmlu", "kept"),
         )
     } | {"has_mmlu": args.data is not None and (args.data / "mmlu.jsonl").is_file()}
-    rows = [row for row in rows if row["settings"] == settings]
+    # a run recorded before a setting was there did without it
+    rows = [row for row in rows if row["settings"].items() <= settings.items()]
     done = {(row["persona"], row["method"], row["seed"]) for row in rows}
     todo = [task for task in tasks if task not in done]
     if todo:
@@ -556,10 +578,8 @@ def plot(rows: list[dict], personas: list[str], stem: str) -> None:
         if method == DEFAULT:
             return bapo_color, "o", 3
         color = bapo_color if method.startswith("BAPO") else dpo_color
-        marks = dict(
-            zip([m for m in METHODS if m not in ("DPO", DEFAULT)], "sv^DPX<>", strict=True)
-        )
-        return color, marks[method], 2
+        others = [m for m in METHODS if m not in ("DPO", DEFAULT)]
+        return color, "sv^DPX<>hHdp*8"[others.index(method)], 2
 
     first = personas[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)

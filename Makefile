@@ -1,4 +1,4 @@
-# make demo    train BAPO with QLoRA on a small real model, on a CPU, and look at it
+# make demo    train a small real model with DPO and with BAPO, on a CPU, and compare them
 # make test    the tests that take minutes     make test-all   also the slow ones
 # make lint    ruff                            make bench      the benchmarks
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own

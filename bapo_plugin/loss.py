@@ -19,6 +19,11 @@ tokens: for an answer drawn from π_ref the mean of −Δ_b *is* that divergence
 estimates of it from one sample. All forms but "nll" have zero gradient at θ = θ_ref: the anchor acts
 only once the policy has drifted.
 
+What is the paper's and what is ours: two independent summaries of the paper describe an additive term
+λ · L_Anchor beside the DPO loss, which holds the base response's probability to the reference's.
+Neither says whether it is one-sided. So the additive placement is as they report the paper's, and the
+form of A is an option; its default, the hinge, is ours.
+
 Sources: BAPO, Lee et al., Findings of EMNLP 2024 (arXiv 2407.00693); DPO, Rafailov et al. 2023
 (2305.18290); IPO, Azar et al. 2023 (2310.12036); robust DPO, Chowdhury et al. 2024 (2403.00409);
 EXO, Ji et al. 2024 (2402.00856); SLiC hinge, Zhao et al. 2023 (2305.10425); margin placement: DPOP,

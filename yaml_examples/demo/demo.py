@@ -1,138 +1,269 @@
-"""The demo behind `make demo`: train, then look at what changed.
+"""The demo behind `make demo`: train with DPO and with BAPO, then look at what each has learned and what it has kept.
 
-Trains yaml_examples/smollm2-qlora-cpu.yml with `axolotl train`, which makes the base responses first (an
-interrupted run goes on where it stopped, a finished one is reused), then prints answers before and after and how far the
-log-probabilities drifted. The answer to the unrelated prompt should stay as it was.
+Both runs are yaml_examples/smollm2-qlora-cpu.yml; DPO's has `bapo.anchor_weight: 0` and an output_dir of its own,
+and nothing else is changed. Base responses and reference log-probs are made once, by the first run. An interrupted run
+goes on where it stopped, a finished one is reused.
+
+    python yaml_examples/demo/demo.py                     # train, measure, compare
+    python yaml_examples/demo/demo.py "Your question?"    # the answers to your own prompts
 """
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "yaml_examples/smollm2-qlora-cpu.yml"
-PROMPTS = [
-    ("like the data", "How do I make a good cup of tea?"),
-    ("like the data", "Why do leaves fall in autumn?"),
-    ("unrelated", "What is 12 plus 30?"),
-]
+CONFIG = Path("yaml_examples/smollm2-qlora-cpu.yml")
+DPO_CONFIG = Path("outputs/smollm2-dpo.yml")
+DPO_OUTPUT = "outputs/smollm2-dpo"
+UNRELATED = Path("benchmarks/data/unrelated.jsonl")
+MAX_NEW_TOKENS = 40  # of an answer that is measured or shown
+TASTE = "How do I make a good cup of tea?"  # like the data, and not in it
+LOST = -2.0  # nats: an answer that drifted below has become less than 1/7 as likely
+BIN = Path(sys.executable).parent  # the commands of this environment
 
 
-def main() -> None:
+def main(own_prompts: Sequence[str]) -> None:
     os.chdir(ROOT)
-    import yaml
-
+    # a small model on a CPU, from the disk
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("HF_HUB_OFFLINE", "1")):
+        os.environ.setdefault(name, value)
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
-    output = Path(config["output_dir"])
-    train(config, output)
-    compare(config, output)
+    dpo = as_dpo(config)
+    DPO_CONFIG.parent.mkdir(exist_ok=True)
+    DPO_CONFIG.write_text(
+        f"# written by demo.py: {CONFIG} with anchor_weight 0 and another output_dir\n"
+        + yaml.safe_dump(dpo, sort_keys=False, allow_unicode=True),
+        "utf-8",
+    )
+    outputs = {"DPO": Path(dpo["output_dir"]), "BAPO": Path(config["output_dir"])}
+    # the first one makes what both need
+    train("BAPO", CONFIG, config, outputs["BAPO"])
+    train("DPO", DPO_CONFIG, dpo, outputs["DPO"])
+    os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration
+    os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    compare(config, outputs, own_prompts)
 
 
-def train(config: dict, output: Path) -> None:
-    key = hashlib.sha256(CONFIG.read_bytes() + Path(config["datasets"][0]["path"]).read_bytes())
-    mark = output / "demo.key"
-    if not mark.exists() or mark.read_text() != key.hexdigest():
+def as_dpo(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run without the anchor, which is DPO."""
+    dpo = copy.deepcopy(config)
+    dpo["bapo"]["anchor_weight"] = 0
+    dpo["output_dir"] = DPO_OUTPUT
+    return dpo
+
+
+def train(name: str, path: Path, config: dict[str, Any], output: Path) -> None:
+    mark, key = output / "demo.key", key_of(config)
+    if not mark.exists() or mark.read_text() != key:
         shutil.rmtree(output, ignore_errors=True)  # another configuration: nothing to go on with
         output.mkdir(parents=True)
-        mark.write_text(key.hexdigest())
+        mark.write_text(key)
     if (output / "DONE").exists():
-        print(f"{output} is trained already (delete it to train again)")
+        print(f"{name}: {output} is trained already (delete it to train again)", flush=True)
         return
-    command = ["axolotl", "train", str(CONFIG.relative_to(ROOT)), "--launcher", "python"]
-    print("$", *command, flush=True)
-    if subprocess.run(command).returncode:
-        sys.exit("Training stopped; `make demo` goes on at the last checkpoint.")
+    print(f"{name}\n$ axolotl train {path} --launcher python", flush=True)
+    start = time.perf_counter()
+    try:
+        failed = subprocess.run([BIN / "axolotl", "train", path, "--launcher", "python"]).returncode
+    except KeyboardInterrupt:
+        failed = 130
+    if failed:
+        sys.exit(f"{name}: training stopped; `make demo` goes on at the last checkpoint.")
     (output / "DONE").touch()
+    print(f"{name}: trained in {time.perf_counter() - start:.0f} seconds", flush=True)
 
 
-def compare(config: dict, output: Path) -> None:
-    import torch
-    from peft import PeftModel
-    from rich.console import Console
-    from rich.table import Table
-    from transformers import AutoTokenizer
+def key_of(config: dict[str, Any]) -> str:
+    """Another one, if a setting or the data differ; comments in the YAML do not count."""
+    data = Path(config["datasets"][0]["path"]).read_bytes()
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + data).hexdigest()
 
-    print("Answering with the adapter off and on ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = PeftModel.from_pretrained(load_nf4(config["base_model"]), output).eval()
 
-    @torch.no_grad()
-    def answer(ids: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
-        settings = {"max_new_tokens": 60, "do_sample": False}
-        out = model.generate(input_ids=ids, repetition_penalty=repetition_penalty, **settings)
-        return out[0, ids.shape[1] :]
+def compare(config: dict[str, Any], outputs: dict[str, Path], own_prompts: Sequence[str]) -> None:
+    from bapo_plugin.answers.prompts import held_out_answers, read_prompts
+    from bapo_plugin.evaluation.subject import load_run
+    from bapo_plugin.prepare import prepare_rows
 
-    @torch.no_grad()
-    def logp(ids: torch.Tensor, response: torch.Tensor) -> float:
-        logits = model(torch.cat([ids[0], response])[None]).logits[0, ids.shape[1] - 1 : -1]
-        return torch.log_softmax(logits.float(), -1).gather(1, response[:, None]).sum().item()
+    print("Loading the model with both adapters ...", flush=True)
+    subject = load_run(CONFIG, list(outputs.values()))
+    names = dict(zip(outputs, subject.adapters, strict=True))  # DPO -> name of its adapter
+    if own_prompts:
+        show(answer(subject, names, own_prompts), dict.fromkeys(own_prompts, ""))
+        return
 
-    console = Console(width=min(110, shutil.get_terminal_size((100, 20)).columns))
-    answers = Table(title="Answers before and after", show_lines=True)
-    for name in ("prompt", "before", "after"):
-        answers.add_column(name, ratio=1 if name == "prompt" else 2)
-    drift = Table(title="Drift of log-probabilities, nats a response")
-    drift.add_column("what")
-    drift.add_column("drift", justify="right")
-    for name, before, after in held_out_drift(output):
-        drift.add_row(f"held-out {name} responses", f"{after - before:+.1f}")
-    for kind, prompt in PROMPTS:
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        ids = tokenizer(chat, return_tensors="pt")["input_ids"]
-        # a model this small repeats itself: to be read, its answers get a penalty for that; the drift
-        # is measured on what it answered greedily, as the base responses were made
-        with model.disable_adapter():
-            before = answer(ids, 1.1)
-            former = answer(ids, 1.0)
-            reference = logp(ids, former)
-        after = answer(ids, 1.1)
-        answers.add_row(
-            f"{prompt}\n({kind})",
-            *(tokenizer.decode(a, skip_special_tokens=True).strip() for a in (before, after)),
-        )
-        drift.add_row(f"former answer to: {prompt}", f"{logp(ids, former) - reference:+.1f}")
-    console.print(answers)
-    console.print(drift)
-    persona, other = (config["datasets"][0][f"field_{c}"] for c in ("chosen", "rejected"))
+    print("Asking the model before training ...", flush=True)
+    with subject.before():
+        unrelated = subject.asker().ask(read_prompts(UNRELATED), MAX_NEW_TOKENS)
+    _, rows = prepare_rows(subject.cfg, subject.tokenizer)
+    held_out = held_out_answers(rows, subject.tokenizer, None)
+    print("Measuring what each run has kept ...", flush=True)
+    kept = retention(subject, names, unrelated + held_out)
+    parts = {
+        f"{len(unrelated)} prompts that have nothing to do with the data": slice(len(unrelated)),
+        f"{len(held_out)} held-out rows of the data": slice(len(unrelated), None),
+    }
+    # to be read: the taste, and where each run lost most, whichever prompt that is
+    shown = {TASTE: "like the data"}
+    for run, found in kept.items():
+        worst = int(found.drift[: len(unrelated)].argmin())
+        text = f"lost most under {run}: {found.drift[worst]:.1f} nats"
+        prompt = unrelated[worst].prompt
+        shown[prompt] = f"{shown[prompt]}, {text}" if prompt in shown else text
+    show(answer(subject, names, list(shown)), shown)
+    show_numbers({run: last_evaluation(output) for run, output in outputs.items()}, kept, parts)
+    data = config["datasets"][0]
     print(
-        "A drift of 0 means: as likely as before training. Far below 0 on former answers is forgetting.\n"
-        f"Learned to prefer `{persona}` to `{other}`. Other styles: edit field_chosen and field_rejected "
-        f"in {CONFIG.relative_to(ROOT)}.\nThe adapter is in {output}; try it with: "
-        f"axolotl inference {CONFIG.relative_to(ROOT)} --lora-model-dir {output}\n"
-        f"A page about the run: bapo report {output} -o outputs/report.html"
+        f"Both learned to prefer `{data['field_chosen']}` to `{data['field_rejected']}`; other tastes: edit "
+        f"field_chosen and field_rejected in {CONFIG}.\n"
+        "A drift of 0 means that the model's former answer is as likely as before training; far below 0 it has been "
+        "forgotten.\n± is one standard error."
+    )
+    print("\nGo on with:", *commands(outputs), sep="\n  ")
+
+
+def answer(subject: Any, names: dict[str, str], prompts: Sequence[str]) -> dict[str, list[str]]:
+    """Whose answers -> greedy answers to `prompts`, as text."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    states = {
+        "before": subject.before,
+        **{n: lambda a=a: subject.after(a) for n, a in names.items()},
+    }
+    texts = {}
+    for name, state in states.items():
+        with state():
+            found = subject.asker().ask(chats, MAX_NEW_TOKENS)
+        texts[name] = [
+            subject.tokenizer.decode(one.answer_ids, skip_special_tokens=True).strip()
+            for one in found
+        ]
+    return texts
+
+
+def retention(subject: Any, names: dict[str, str], answers: Sequence[Any]) -> dict[str, Any]:
+    """Run -> its `Retention` on former answers."""
+    from bapo_plugin.scoring.forward import response_logits
+    from bapo_plugin.scoring.retention import measure
+
+    def scorer(state):
+        def score(batch):
+            with state():
+                return response_logits(subject.model, batch)
+
+        return score
+
+    return measure(
+        answers,
+        scorer(subject.before),
+        {
+            name: scorer(lambda adapter=adapter: subject.after(adapter))
+            for name, adapter in names.items()
+        },
+        pad_token_id=subject.tokenizer.pad_token_id,
+        vocab_size=subject.model.config.vocab_size,
+        device=subject.model.device,
     )
 
 
-def load_nf4(model_dir: str):
-    """The model as the YAML loads it: NF4, computing in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        model_dir, quantization_config=quantization, dtype=torch.float32
-    )
-
-
-def held_out_drift(output: Path):
-    """(response, before, after) in nats from the evaluations that the training logged."""
+def last_evaluation(output: Path) -> dict[str, float]:
+    """Of the held-out pairs after training, as the trainer logged it."""
     states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     log = json.loads(states[-1].read_text("utf-8"))["log_history"]
-    evaluations = [entry for entry in log if "eval_drift/base" in entry]
-    for name in ("chosen", "rejected", "base"):
-        yield name, evaluations[0][f"eval_drift/{name}"], evaluations[-1][f"eval_drift/{name}"]
+    return [entry for entry in log if "eval_drift/base" in entry][-1]
+
+
+def show(texts: dict[str, list[str]], prompts: dict[str, str]) -> None:
+    """Answers below each other, so that what changed is seen; `prompts`: prompt -> a word about it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Answers (their first {MAX_NEW_TOKENS} tokens, greedy)", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for i, (prompt, about) in enumerate(prompts.items()):
+        asked = Text(prompt, style="bold")
+        if about:
+            asked.append(f"\n({about})", style="not bold italic")
+        table.add_row("asked", asked)
+        for j, (name, found) in enumerate(texts.items(), start=1):
+            table.add_row(name, Text(found[i]), end_section=j == len(texts))
+    console().print(table)
+
+
+def show_numbers(
+    learned: dict[str, dict[str, float]],
+    kept: dict[str, Any],
+    parts: dict[str, slice],
+) -> None:
+    """One column a run.
+
+    Args:
+        learned: the last evaluation of each run.
+        kept: its retention on former answers.
+        parts: heading -> which of the former answers it stands for.
+    """
+    from rich.table import Table
+
+    from bapo_plugin.scoring.retention import mean_and_error
+
+    def row(label: str, cell: Any, of: dict[str, Any]) -> None:
+        table.add_row(f"  {label}", *(cell(of[name]) for name in learned))
+
+    def with_error(values: Any, digits: int) -> str:
+        found = mean_and_error(values)
+        return f"{found['value']:.{digits}f} ± {found['se']:.{digits}f}"
+
+    table = Table(title="What each run has learned and kept")
+    table.add_column("")
+    for name in learned:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("[bold]Learned: the taste, on held-out pairs[/]")
+    row("pairs ranked right", lambda log: f"{log['eval_rewards/accuracies']:.0%}", learned)
+    row(
+        "margin, nats",
+        lambda log: f"{log['eval_drift/chosen'] - log['eval_drift/rejected']:.1f}",
+        learned,
+    )
+    for heading, part in parts.items():
+        table.add_section()
+        table.add_row(f"[bold]Kept: former answers to {heading}[/]")
+        row("drift, nats an answer", lambda r, p=part: with_error(r.drift[p], 1), kept)
+        row(
+            f"answers that lost more than {-LOST:.0f} nats",
+            lambda r, p=part: f"{(r.drift[p] < LOST).double().mean():.0%}",
+            kept,
+        )
+        row("same likeliest token", lambda r, p=part: f"{r.agreement[p].mean():.0%}", kept)
+        row("KL(before ‖ after), nats a token", lambda r, p=part: with_error(r.kl[p], 2), kept)
+    console().print(table)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(width=min(110, shutil.get_terminal_size((100, 20)).columns))
+
+
+def commands(outputs: dict[str, Path]) -> list[str]:
+    """What works next, in this environment and from the project's folder."""
+    place = BIN.relative_to(ROOT) if BIN.is_relative_to(ROOT) else BIN
+    folders = " ".join(map(str, outputs.values()))
+    return [
+        f'{place}/python {Path(__file__).relative_to(ROOT)} "Your own question?"',
+        f"{place}/bapo report {folders} -o outputs/report.html",
+        f"{place}/bapo eval {CONFIG} {folders} --prompts {UNRELATED}",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -109,6 +109,7 @@ def make_figures(runs: Sequence[Run]) -> list[Figure]:
                 _by_run(runs, "loss", "Loss", "nats", has_zero=True),
                 _by_run(runs, "loss/preference", "Preference part", "nats", has_zero=True),
                 _by_run(runs, "loss/anchor", "Anchor part, weighted", "nats", has_zero=True),
+                _by_run(runs, "loss/keep", "Kept prompts, weighted", "nats", has_zero=True),
             ],
         ),
         _figure(
@@ -131,8 +132,16 @@ def make_figures(runs: Sequence[Run]) -> list[Figure]:
         _figure(
             "anchor",
             "Anchor activity",
-            "The share of rows whose anchor pulls because their base response has lost likelihood.",
-            [_by_run(runs, "anchor/active", "Active anchors", "share of rows", (0, 1))],
+            "The share of rows whose anchor pulls because their base response has moved; with anchor_weight: auto the "
+            "weight that was found, and with kl and keep the divergence that is held.",
+            [
+                _by_run(runs, "anchor/active", "Active anchors", "share of rows", (0, 1)),
+                _by_run(runs, "anchor/weight", "Weight λ", "λ", has_zero=True),
+                _by_run(runs, "anchor/kl", "Divergence of rows", "nats a token", has_zero=True),
+                _by_run(
+                    runs, "keep/kl", "Divergence of kept prompts", "nats a token", has_zero=True
+                ),
+            ],
         ),
         _figure(
             "retention",

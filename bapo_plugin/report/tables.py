@@ -81,6 +81,8 @@ def _method(run: Run) -> Cell:
     for symbol, value in (("λ", number(run.flat.get("bapo.anchor_weight"))), ("β", run.beta)):
         if not math.isnan(value):
             settings.append(f"{symbol} {value:g}")
+    if run.flat.get("bapo.anchor_weight") == "auto":
+        settings.insert(0, "λ auto")
     return Cell(run.method or DASH, " ".join(settings))
 
 

@@ -50,10 +50,13 @@ class Objective:
 
     @property
     def anchored(self) -> Anchored:
-        """The rows on whose base responses distributions are compared."""
+        """The rows on whose base responses the reference's distributions are computed."""
         if self._trainer.bapo.anchor_loss == "kl":
             return "all"
-        return "none" if self._trainer.keeper is None else "kept"
+        if self._trainer.keeper is None:
+            return "none"
+        # a pass is a collective call there, and not every batch of every process has kept prompts
+        return "all" if self._trainer.is_sharded else "kept"
 
     def refuse(self) -> None:
         """What distributions can't be compared with.
@@ -63,7 +66,7 @@ class Objective:
         """
         if self.anchored == "none":
             return
-        key = "bapo.anchor_loss: kl" if self.anchored == "all" else "bapo.keep"
+        key = "bapo.keep" if self._trainer.bapo.anchor_loss != "kl" else "bapo.anchor_loss: kl"
         if not is_peft_model(self._trainer.model):
             raise ValueError(
                 f"{key} compares distributions under one frozen output head, so it needs an adapter; set `adapter:`, "

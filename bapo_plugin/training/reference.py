@@ -169,7 +169,12 @@ class Reference:
             return self._trainer.response_forward(model, unwrapped, batch).logps
 
     def states(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """[T, H], what the reference hands to its output head for the batch's response tokens. No gradient."""
+        """[T, H], what the reference hands to its output head for the batch's response tokens. No gradient.
+
+        Where weights are sharded all processes call it together; else each on its own.
+        """
+        if not self._trainer.is_sharded:
+            model = unwrapped  # DDP's forward is a collective call
         with self._as_reference(model, unwrapped) as (model, unwrapped):
             return self._trainer.response_forward.states(model, unwrapped, batch)
 

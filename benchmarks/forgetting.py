@@ -48,6 +48,7 @@ from forgetting_data import (
     unrelated_prompts,
 )
 from peft import LoraConfig
+from peft.helpers import rescale_adapter_scale
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
 
@@ -69,10 +70,12 @@ BETA = 0.1
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # name -> settings of the trainer. "on": whose likelihood the anchor holds; on the chosen response it makes the
 # known remedies: NLL on chosen (TRL's rpo_alpha: 1, mean over tokens) and DPOP (Pal et al. 2024, λ = 5). "keep": weight of
-# `bapo.keep`, 4 of its prompts a step; they are not among those that are measured
+# `bapo.keep`, 4 of its prompts a step; they are not among those that are measured. "scale": the adapter is
+# measured as θ_0 + scale · Δ (WiSE-FT, Wortsman et al. 2022), as `bapo eval --scale` does
 METHODS: dict[str, dict] = {
     "DPO": {"anchor_weight": 0},
     "DPO, β = 0.3": {"anchor_weight": 0, "beta": 0.3},
+    "DPO × 0.5": {"anchor_weight": 0, "scale": 0.5},
     "DPO + NLL": {"anchor_loss": "nll", "anchor_weight": 1, "anchor_reduction": "mean", "on": "chosen"},
     "DPOP": {"anchor_loss": "hinge", "anchor_weight": 5, "anchor_placement": "margin", "on": "chosen"},
     "BAPO hinge 0.03": {"anchor_loss": "hinge", "anchor_weight": 0.03},
@@ -194,17 +197,18 @@ class Bench:
 class Curve(TrainerCallback):
     """Measures accuracy, margin and drift at some steps."""
 
-    def __init__(self, bench: Bench, held_out: list[dict], every: int):
-        self.bench, self.held_out, self.every = bench, held_out, every
+    def __init__(self, bench: Bench, held_out: list[dict], every: int, scale: float):
+        self.bench, self.held_out, self.every, self.scale = bench, held_out, every, scale
         self.points = [{"step": 0, "accuracy": 0.5, "margin": 0.0, "drift": 0.0, "kl": 0.0}]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
         reference = torch.tensor([row[COLUMN] for row in self.held_out])
-        drift = self.bench.score(model, self.held_out) - reference
+        with rescale_adapter_scale(model, self.scale):
+            drift = self.bench.score(model, self.held_out) - reference
+            self.retention = self.bench.retention(model)
         margins = (drift[:, 0] - drift[:, 1]).double()
-        self.retention = self.bench.retention(model)
         model.train()
         self.points.append(
             {
@@ -234,7 +238,8 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
             for row in train
         ]
     train = random.Random(seed).sample(train, len(train))
-    curve = Curve(bench, held_out, args.eval_steps)
+    scale = settings.pop("scale", 1.0)
+    curve = Curve(bench, held_out, args.eval_steps, scale)
     layers = bench.model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:
         trainer = BAPOTrainer(
@@ -295,7 +300,7 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
             for entry in training
         ],
     }
-    return found | {"_model": model}
+    return found | {"_model": model, "_scale": scale}
 
 
 def at_level(points: list[dict], key: str, level: float, of: str = "drift") -> float | None:
@@ -401,11 +406,12 @@ def main() -> None:
                     args.words = args.words_of.get(persona, 0)
                     data[persona] = prepare(bench, persona)
                 row = {"persona": persona} | run(bench, method, seed, *data[persona])
-                model = row.pop("_model")
+                model, scale = row.pop("_model"), row.pop("_scale")
                 full = persona == personas[0] and method in ("DPO", DEFAULT) and seed == 0
                 sets = easy | slow if full else easy
                 for name, questions in sets.items():
-                    after = bench.questions(model, questions)
+                    with rescale_adapter_scale(model, scale):
+                        after = bench.questions(model, questions)
                     key = "knowledge" if name == "easy" else name
                     row[f"{key}_before"] = sum(before[name]) / len(before[name])
                     row[f"{key}_after"] = sum(after) / len(after)
@@ -579,7 +585,7 @@ def plot(rows: list[dict], personas: list[str], stem: str) -> None:
             return bapo_color, "o", 3
         color = bapo_color if method.startswith("BAPO") else dpo_color
         others = [m for m in METHODS if m not in ("DPO", DEFAULT)]
-        return color, "sv^DPX<>hHdp*8"[others.index(method)], 2
+        return color, "sv^DPX<>hHdp*81"[others.index(method)], 2
 
     first = personas[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)

@@ -211,7 +211,6 @@ class KeepConfig(Block):
     """`bapo.keep`: prompts without preferences whose former answers are held too."""
 
     prompts: str = Field(
-        pattern=r"\.(txt|jsonl)$",
         json_schema_extra={
             "description": "File: .txt with a prompt on each line, or .jsonl with a column `prompt`. The reference model "
             "answers them before training, as it does for rows (`bapo.anchors`)."
@@ -233,3 +232,10 @@ class KeepConfig(Block):
             "description": "Prompts in each optimiser step, over its micro-batches and all GPUs."
         },
     )
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _file(cls, value):
+        if not isinstance(value, str) or not value.endswith((".txt", ".jsonl")):
+            raise ValueError("must be the name of a .txt or .jsonl file")
+        return value

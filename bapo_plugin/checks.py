@@ -87,6 +87,7 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
                 if _number(value) > 1
                 else f"{key}: {value!r} must be a number; remove the line"
             )
+    problems += _check_anchor(cfg, bapo)
     problems += _check_adapter(cfg, _block(cfg, "peft", problems))
     if cfg.get("trainer_cls") not in (None, TRAINER_CLS):
         problems.append(
@@ -112,6 +113,29 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
     if problems:
         raise ValueError("rl: bapo can't run with this configuration:\n- " + "\n- ".join(problems))
     return bapo
+
+
+def _check_anchor(cfg: Mapping[str, Any], bapo: BAPOConfig) -> list[str]:
+    problems = []
+    wanted = "bapo.anchor_weight: auto takes bapo.anchor_loss: kl, which"
+    if bapo.anchor_weight != "auto" or "anchor_loss" in (cfg.get("bapo") or {}):
+        wanted = "bapo.anchor_loss: kl"
+    if not cfg.get("adapter"):
+        if bapo.anchor_loss == "kl":
+            problems.append(
+                f"{wanted} compares distributions under one frozen output head, which needs an adapter; set `adapter:`, or "
+                "bapo.anchor_loss: hinge"
+            )
+        if bapo.keep is not None:
+            problems.append(
+                "bapo.keep compares distributions under one frozen output head, which needs an adapter; set `adapter:`, or "
+                "remove the block"
+            )
+    if bapo.anchor_weight == "auto" and "ipo" in str(cfg.get("dpo_loss_type")):
+        problems.append(
+            "bapo.anchor_weight: auto doesn't work with dpo_loss_type: ipo, whose gradient is of another size; set a number"
+        )
+    return problems
 
 
 def _check_adapter(cfg: Mapping[str, Any], peft: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,11 @@ from bapo_plugin.loss import AnchorLoss, AnchorPlacement, AnchorReduction
 
 # nats a token: a former answer becomes 5% less likely with each of its tokens
 DRIFT_LIMIT = 0.05
+_EXAMPLES = {
+    "keep": "keep: {prompts: keep.txt}",
+    "retention": "retention: {prompts: 32, every: 50}",
+    "anchors": "anchors: {max_new_tokens: 512}",
+}
 TRAINER_CLS = "bapo_plugin.training.trainer.BAPOTrainer"
 
 
@@ -159,6 +164,15 @@ class BAPOConfig(Block):
             "description": "Filled in by the plugin with the data sets' entries as written; do not set it."
         },
     )
+
+    @field_validator("keep", "retention", "anchors", mode="before")
+    @classmethod
+    def _is_a_block(cls, value, info):
+        if value is not None and not isinstance(value, Mapping | BaseModel):
+            raise ValueError(
+                f"must be a block of settings, such as\n  {_EXAMPLES[info.field_name]}"
+            )
+        return value
 
     @field_validator("shared_prefix", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ their prompt strategy. What ends an answer is known here too, since templates sa
 """
 
 import inspect
+import json
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -119,17 +120,17 @@ class Opening:
         Raises:
             ValueError: the file can't be used, or there is no chat template.
         """
-        try:
-            chats = read_prompts(path)
-        except ValueError as error:
-            raise ValueError(f"bapo.keep.{error}") from None
+        chats = read_prompts(path, "bapo.keep.prompts")
+        texts = list(dict.fromkeys(json.dumps(chat) for chat in chats))
+        if len(texts) < len(chats):
+            LOG.info(f"bapo.keep.prompts: {len(chats) - len(texts)} repeated prompts are left out")
         name = f"bapo.keep.prompts ({path})"
         template = next(iter(self.templates.values()), None)
         if template is None:
             template = self._template(DictDefault({}), name)
         return Source(
             name,
-            Dataset.from_list([{"prompt": chat} for chat in chats]),
+            Dataset.from_dict({"chat": texts}),
             Prompts(template),
             Encoder(self._tokenizer, from_template=True),
             fields_of({}, None),

@@ -9,7 +9,7 @@ from axolotl.utils.data.utils import deduplicate_and_log_datasets
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
-from bapo_plugin.answers.prompts import read_prompts
+from bapo_plugin.answers.prompts import Chat, held_out_answers, read_prompts
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.preparation import KEEP, Preparation
 from bapo_plugin.rows.table import (
@@ -29,17 +29,20 @@ def load_datasets(cfg: Any) -> tuple[TrainDatasetMeta, Dataset | None]:
     Raises:
         ValueError: as `prepare_rows`, or prompts to keep are among those that `bapo.retention` watches.
     """
-    bapo = parse_block(dict(cfg.bapo))
-    if bapo.keep and bapo.retention and isinstance(bapo.retention.prompts, str):
-        known = read_prompts(bapo.keep.prompts)
-        watched = read_prompts(bapo.retention.prompts)
-        _refuse_watched(bapo, sum(chat in known for chat in watched))
-    found = Preparation(cfg, load_tokenizer(cfg), keep=True).rows()
+    bapo, tokenizer = parse_block(dict(cfg.bapo)), load_tokenizer(cfg)
+    watched = bapo.retention.prompts if bapo.retention else None
+    if bapo.keep and isinstance(watched, str):
+        known = list(map(_words, read_prompts(bapo.keep.prompts, "bapo.keep.prompts")))
+        chats = read_prompts(watched, "bapo.retention.prompts")
+        _refuse_watched(bapo, sum(_words(chat) in known for chat in chats))
+    found = Preparation(cfg, tokenizer, keep=True).rows()
     kept = found.pop(KEEP, None)
     train, evaluation = _split(cfg, found)
     if kept is not None and evaluation is not None and (count := kept_among(evaluation, kept)):
-        if bapo.retention and not isinstance(bapo.retention.prompts, str):
-            _refuse_watched(bapo, count)
+        if isinstance(watched, int):
+            asked = {tuple(row["prompt_ids"]) for row in kept.select_columns(["prompt_ids"])}
+            answers = held_out_answers(evaluation, tokenizer, watched)
+            _refuse_watched(bapo, sum(tuple(a.prompt_ids) in asked for a in answers))
         LOG.warning(
             f"{count} of {len(evaluation)} held-out rows have a prompt of bapo.keep.prompts: {bapo.keep.prompts}, so "
             "eval_drift/base on them says nothing about forgetting; take them out of one of the two"
@@ -91,6 +94,11 @@ def _split(cfg: Any, found: dict[str, Dataset]) -> tuple[Dataset, Dataset | None
         # axolotl makes a float of a number of rows
         return split_by_prompt(train, int(size) if size >= 1 else size)
     return train, None
+
+
+def _words(chat: Chat) -> list[tuple[str, str]]:
+    """A chat without white space at the ends of its messages, which most templates trim."""
+    return [(message["role"], message["content"].strip()) for message in chat]
 
 
 def _refuse_watched(bapo: BAPOConfig, count: int) -> None:

@@ -127,27 +127,26 @@ def held_out_answers(rows: Dataset, tokenizer: Any, count: int | None) -> list[F
     ]
 
 
-def read_prompts(path: str | Path) -> list[Chat]:
+def read_prompts(path: str | Path, key: str = "prompts") -> list[Chat]:
     """Prompts of a file, as chats.
 
     Args:
         path: .txt with a prompt on each line, or .jsonl whose rows have `prompt`: a string or a list of
             messages. UTF-8, with or without a byte order mark; lines end at line feeds and nowhere else.
+        key: what named the file, for messages.
 
     Raises:
         ValueError: the file isn't there, is of another kind, has a row that can't be used, or no prompt.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(
-            f"prompts: {path} must be .txt (one a line) or .jsonl (rows with `prompt`)"
-        )
+        raise ValueError(f"{key}: {path} must be .txt (one a line) or .jsonl (rows with `prompt`)")
     if not path.is_file():
-        raise ValueError(f"prompts: there is no file {path}")
+        raise ValueError(f"{key}: there is no file {path}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8 text ({error}); save it as UTF-8") from None
+        raise ValueError(f"{key}: {path} is not UTF-8 text ({error}); save it as UTF-8") from None
     chats = []
     # not splitlines(): text from the web holds U+2028 and others that end no line of a JSONL file
     for number, line in enumerate(text.split("\n"), start=1):
@@ -159,18 +158,18 @@ def read_prompts(path: str | Path) -> list[Chat]:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: {line[:100]!r} must be a JSON object with `prompt` "
+                    f"{key}: {path}, line {number}: {line[:100]!r} must be a JSON object with `prompt` "
                     f"({type(error).__name__}: {error})"
                 ) from None
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not _is_chat(chat):
             raise ValueError(
-                f"{path}, line {number}: prompt {str(prompt)[:100]!r} must be text, or messages with `role` and "
+                f"{key}: {path}, line {number}: prompt {str(prompt)[:100]!r} must be text, or messages with `role` and "
                 "`content`, the last one of the user, and not empty"
             )
         chats.append(chat)
     if not chats:
-        raise ValueError(f"prompts: {path} has no prompts")
+        raise ValueError(f"{key}: {path} has no prompts")
     return chats
 
 

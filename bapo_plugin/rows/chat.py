@@ -1,5 +1,6 @@
 """Rows of axolotl's `chat_template.*` formats: read into a conversation, written by the template."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class ChatRows:
 
 
 class Prompts:
-    """Callable row -> `RenderedRow` without responses, for rows {"prompt": list of messages}.
+    """Callable row -> `RenderedRow` without responses, for rows {"chat": list of messages, as JSON}.
 
     Args:
         template: writes the prompt.
@@ -55,6 +56,7 @@ class Prompts:
         Raises:
             RowError: the template refuses the messages, or leaves out some of their words.
         """
-        ask = self._template.ask(row["prompt"])
-        words = row["prompt"][-1]["content"]
+        chat = json.loads(row["chat"])
+        ask = self._template.ask(chat)
+        words = chat[-1]["content"]
         return RenderedRow(ask, ask, None, None, None, False, None, words)

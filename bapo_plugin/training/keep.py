@@ -22,18 +22,26 @@ class Keeper:
     Which ones is a function of seed and step alone: every prompt is taken once before any is taken twice, and a run
     that goes on takes those that it would have taken.
 
+    A router's auxiliary loss (MoE) sees their tokens as it sees those of rows.
+
     Args:
         trainer: its rows, layout and processes are used.
         rows: `prompt_ids` and `base_ids`, the same on every process.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one without tokens.
     """
 
     def __init__(self, trainer: "BAPOTrainer", rows: Dataset):
         if len(rows) == 0:
             raise ValueError("bapo.keep: there are no prompts to keep")
         self._trainer = trainer
+        for i, row in enumerate(rows):
+            for name in ("prompt_ids", "base_ids"):
+                if not row.get(name):
+                    raise ValueError(
+                        f"bapo.keep: {name} of prompt {i + 1} is empty; both need at least one token; leave it out"
+                    )
         self._rows = rows.select_columns(["prompt_ids", "base_ids"])
         #: prompts in each optimiser step, over its micro-batches and all processes
         self.per_step: int = min(trainer.bapo.keep.per_step, len(rows))
@@ -73,13 +81,13 @@ class Keeper:
         """
         accelerator = self._trainer.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
-        places = world * len(batches)
+        step = self._trainer.state.global_step
+        # processes take turns, so that none has more to do than others
+        own = [n for j, n in enumerate(self.drawn(step)) if (j + step) % world == rank]
         mine: dict[int, list[dict]] = {}
-        for j, number in enumerate(self.drawn(self._trainer.state.global_step)):
-            place = j * places // self.per_step
-            if place % world == rank:
-                row = self._rows[number]
-                mine.setdefault(place // world, []).append({**row, ROW: number})
+        for i, number in enumerate(own):
+            place = i * len(batches) // len(own)
+            mine.setdefault(place, []).append({**self._rows[number], ROW: number})
         for i, kept in mine.items():
             numbers = [
                 n for pack in packs_of(batches[i]) if ROW in pack for n in pack[ROW].tolist()

@@ -24,7 +24,7 @@ class Terms(NamedTuple):
         aux: loss of MoE routers with its coefficient, a scalar, or None.
         logps: of all sequences, [3n + m].
         metrics: one number per preference row, [n].
-        kept_metrics: one number per kept prompt, [m].
+        kept_metrics: one number per kept prompt, [m]; empty without `bapo.keep`.
     """
 
     rows: BAPOLoss
@@ -122,7 +122,7 @@ class Objective:
             metrics["aux_loss"] = out.aux_loss.detach().expand(n)
             metrics["loss"] = metrics["loss"] + aux.detach()
         kept_metrics = {}
-        if m:
+        if trainer.keeper is not None:  # also where there are none: processes log together
             kept_metrics["loss/keep"] = bapo.keep.weight * kept.detach()
             kept_metrics["keep/kl"] = kept.detach() / lengths[3 * n :]
         return Terms(

@@ -158,7 +158,10 @@ class Reference:
 
     def known(self, batch: dict[str, Any]) -> Tensor | None:
         """What was computed before training, [3n]; None where it wasn't."""
-        if not self.precomputed or ROW not in batch:
+        if not self.precomputed:
+            return None
+        if ROW not in batch:
+            # kept prompts alone have nothing to know; a pass of the model would be one that others don't make
             return None if num_rows(batch) else batch["cu_seqlens"].new_zeros(0, dtype=torch.float)
         self._known = self._known.to(batch[ROW].device)
         return self._known[batch[ROW]].T.reshape(-1)

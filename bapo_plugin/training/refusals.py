@@ -17,6 +17,10 @@ def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
             f"loss_type {unknown} is not a function of the margin of a pair; possible are "
             f"{', '.join(PREFERENCE_LOSSES)}"
         )
+    if bapo.anchor_weight == "auto" and "ipo" in args.loss_type:
+        raise ValueError(
+            "anchor_weight: auto doesn't work with loss_type ipo, whose gradient is of another size; set a number"
+        )
     refused = {
         "use_liger_kernel": bool(args.use_liger_kernel),
         "use_weighting": bool(args.use_weighting),

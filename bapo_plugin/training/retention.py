@@ -45,7 +45,7 @@ class RetentionCallback(TrainerCallback):
         self._last_step = -1
         self._chats: list[Chat] | None = None
         if isinstance(config.prompts, str):
-            self._chats = read_prompts(config.prompts)
+            self._chats = read_prompts(config.prompts, "bapo.retention.prompts")
         elif trainer.eval_dataset is None:
             raise ValueError(
                 f"bapo.retention.prompts: {config.prompts} takes held-out rows, but there are none; set "

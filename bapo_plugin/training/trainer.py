@@ -175,7 +175,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             rows: `prompt_ids` and `base_ids`; None where there is nothing of that kind.
 
         Raises:
-            ValueError: no rows, a head that trains, or prompts of `bapo.retention` among them.
+            ValueError: no rows, one without tokens, `bapo.keep` is not set, or a head that trains.
         """
         if rows is not None:
             if self.bapo.keep is None:
@@ -253,7 +253,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         packs = packs_of(inputs)
         if not self._is_checked:
             with self.throughput.paused():
-                first = self._prepare_inputs(packs[0])
+                # kept prompts may fill a pack of their own
+                first = self._prepare_inputs(next(filter(num_rows, packs), packs[0]))
                 self.reference.check(
                     model, first, self.starts_equal and self.state.global_step == 0
                 )
@@ -286,7 +287,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
             if finite is not None:
                 metrics = {name: rows[finite] for name, rows in metrics.items()}
             self.row_metrics.add("train", metrics)
-            self.kept_metrics.add("train", terms.kept_metrics)
+            kept = terms.kept.detach().isfinite()
+            self.kept_metrics.add("train", {k: v[kept] for k, v in terms.kept_metrics.items()})
             self.anchor_weight.add(terms)
             self.throughput.add(inputs["token_counts"])
         n, m = len(terms.rows.loss), len(terms.kept)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bapo_plugin.training.objective import Terms
     from bapo_plugin.training.trainer import BAPOTrainer
 
-# of λ, in units of β: its bounds, and where it starts. A nat of preference gains at most β in the loss, so what holds a
+# of λ, in units of β (times the weights of the preference losses): its bounds, and where it starts. A nat of preference gains at most β in the loss, so what holds a
 # base response is of that order whatever its length; a divergence, which grows as the square of a shift, needs more
 _LOWEST, _HIGHEST = 1e-3, 100.0
 _START = {"kl": 1.0}
@@ -55,9 +55,11 @@ class AnchorWeight(TrainerCallback, ExportableState):
         """λ; a scalar tensor with `anchor_weight: auto`."""
         if self._fixed is not None:
             return self._fixed
-        beta = self._trainer.beta
+        # a nat of the margin changes the preference loss by at most this
+        weights = self._trainer.loss_weights or [1.0] * len(self._trainer.loss_types)
+        unit = self._trainer.beta * sum(map(abs, weights))
         log = self._start + _NOW * self._excess() + _EVER * self._state[2]
-        return beta * log.clamp(*self._bounds).exp()
+        return unit * log.clamp(*self._bounds).exp()
 
     def _excess(self) -> Tensor:
         lost, tokens, _ = self._state.unbind()

@@ -98,12 +98,12 @@ def main(
     pause: float = 0.0,
     state_dict_type: str = "FULL_STATE_DICT",
     anchor: dict | None = None,
-    keep: bool = False,
+    keep: int | None = None,
 ) -> None:
     bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
     bapo |= anchor or {}
     if keep:
-        bapo["keep"] = {"prompts": "asked.txt", "weight": 0.5, "per_step": 3}
+        bapo["keep"] = {"prompts": "asked.txt", "weight": 0.5, "per_step": keep}
     if retention is not None:
         bapo["retention"] = {"prompts": retention, "every": 2, "max_new_tokens": 5}
     model = None

@@ -75,6 +75,19 @@ def test_prompts_that_are_watched_are_refused(folder):
         prepared(config(folder, {"retention": retention}))
 
 
+def test_a_watched_prompt_with_other_white_space_is_the_same(folder):
+    write_jsonl(folder / "space.jsonl", [{"prompt": "what is a star "}])
+    retention = {"prompts": str(folder / "space.jsonl"), "every": 1}
+    with pytest.raises(ValueError, match="1 prompts of bapo.keep.prompts"):
+        prepared(config(folder, {"retention": retention}))
+
+
+def test_repeated_prompts_count_once(folder):
+    (folder / "twice.txt").write_text("what is a star\nwho are you\nwhat is a star\n")
+    _, kept = prepared(config(folder, {"keep": {"prompts": str(folder / "twice.txt")}}))
+    assert len(kept) == 2
+
+
 def test_held_out_rows_that_are_kept_are_said(folder, caplog):
     _, held_out = (
         prepared(config(folder))[0].train_dataset,
@@ -94,11 +107,12 @@ def test_held_out_rows_that_are_kept_are_said(folder, caplog):
     ("text", "match"),
     [
         (None, r"bapo\.keep\.prompts: there is no file"),
+        ('{"prompt": 1}', r"bapo\.keep\.prompts: .*line 1"),
         ("\n \n", r"bapo\.keep\.prompts: .* has no prompts"),
     ],
 )
 def test_a_file_that_cannot_be_used(folder, text, match):
-    path = folder / "odd.txt"
+    path = folder / ("odd.jsonl" if text and "{" in text else "odd.txt")
     path.unlink(missing_ok=True)
     if text is not None:
         path.write_text(text)

@@ -44,7 +44,7 @@ def run(folder, processes, **settings):
     return json.loads((folder / "result.json").read_text())
 
 
-SETTINGS = {"rows": 32, "tokens": 80, "continued": True, "keep": True}
+SETTINGS = {"rows": 32, "tokens": 80, "continued": True, "keep": 3}
 SETTINGS["anchor"] = {"anchor_weight": "auto", "drift_limit": 0.01}
 PROMPTS = "tell me about the sea\nwho are you\nname three blue leaf please\n"
 
@@ -99,9 +99,16 @@ def test_two_processes_are_one(tmp_path, one, prompts, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_micro_batches_of_a_new_adapter(tmp_path, kind):
-    settings = {"anchor": {"anchor_loss": "kl"}}
+    """With packs of kept prompts alone, of which a process may have none."""
+    settings = {"keep": 1}  # one of the processes has none of them
     one = run(tmp_path / "one", 1, batch=4, **settings)
     same(one, run(tmp_path / "two", 2, kind=kind, batch=1, accumulation=2, **settings), 4)
+
+
+def test_a_process_without_kept_prompts(tmp_path):
+    """Packs differ between the two, and logs are common."""
+    one = run(tmp_path / "one", 1, batch=8, tokens=60, keep=1)
+    same(one, run(tmp_path / "two", 2, batch=4, tokens=60, keep=1), 2)
 
 
 @pytest.mark.slow

@@ -189,6 +189,58 @@ def test_the_kept_part_holds_the_model(tmp_path):
     assert kl[2.0] < 0.3 * kl[1e-6]
 
 
+def test_log_probs_of_another_reference_are_found_behind_a_pack_of_kept_prompts(tmp_path):
+    row = {"prompt_ids": [5] * 40, "base_ids": [6] * 40}
+    trainer = keeping(tmp_path, {"tokens_per_batch": 90}, prompts=Dataset.from_list([row] * 3))
+    loader = trainer.get_train_dataloader
+    trainer.get_train_dataloader = lambda: (loader(), trainer.reference._known.add_(5))[0]
+    with pytest.raises(ValueError, match="the reference has changed"):
+        trainer.train()
+
+
+def broken_divergence(trainer, at=1):
+    """The divergence of one step is NaN."""
+    original, calls = trainer.response_forward, []
+
+    def forward(model, unwrapped, batch, **kwargs):
+        out = original(model, unwrapped, batch, **kwargs)
+        if out.divergence is None or not torch.is_grad_enabled():
+            return out
+        calls.append(1)
+        factor = torch.nan if len(calls) == at else 1.0
+        return out._replace(divergence=out.divergence * factor)
+
+    forward.states = original.states
+    trainer.response_forward = forward
+
+
+def test_a_kept_prompt_that_is_not_finite_is_named(tmp_path):
+    trainer = keeping(tmp_path)
+    broken_divergence(trainer)
+    with pytest.raises(ValueError, match=r"step 1: not finite: prompt \d of bapo.keep \(KL\)"):
+        trainer.train()
+
+
+def test_a_step_with_one_may_be_left_out(tmp_path):
+    bapo = {"on_non_finite": "skip", "anchor_weight": "auto", "drift_limit": 0.01}
+    trainer = keeping(tmp_path, bapo | {"anchor_loss": "hinge"}, num_train_epochs=2)
+    broken_divergence(trainer, at=2)
+    trainer.train()
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    keys = ("loss", "anchor/weight", "drift/base")
+    assert len(logs) == 4 and all(
+        torch.isfinite(torch.tensor([e[k] for k in keys])).all() for e in logs
+    )
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "base_ids"])
+def test_a_kept_prompt_without_tokens_is_refused(tmp_path, name):
+    rows = [dict(row) for row in kept_prompts()]
+    rows[2][name] = []
+    with pytest.raises(ValueError, match=f"{name} of prompt 3 is empty"):
+        keeping(tmp_path, prompts=Dataset.from_list(rows))
+
+
 @pytest.mark.parametrize(
     ("lora", "match"),
     [
@@ -220,19 +272,3 @@ def test_full_fine_tuning_is_refused(tmp_path):
             processing_class=make_tokenizer(),
             bapo=BAPOConfig(anchor_loss="kl"),
         )
-
-
-def test_a_kept_prompt_that_is_not_finite_is_named(tmp_path):
-    trainer = keeping(tmp_path)
-    original = trainer.response_forward
-
-    def forward(model, unwrapped, batch, **kwargs):
-        out = original(model, unwrapped, batch, **kwargs)
-        if out.divergence is None:
-            return out
-        return out._replace(divergence=out.divergence * torch.nan)
-
-    forward.states = original.states
-    trainer.response_forward = forward
-    with pytest.raises(ValueError, match=r"step 1: not finite: prompt \d of bapo.keep \(KL\)"):
-        trainer.train()

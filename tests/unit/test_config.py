@@ -41,7 +41,8 @@ def test_every_field_is_described():
         ({"drift_limit": 0.1}, r"bapo: drift_limit: 0.1 has no effect.*anchor_weight: auto"),
         ({"anchor_weight": "auto", "drift_limit": 0}, r"bapo\.drift_limit: .*greater than 0"),
         ({"anchor_weight": "auto", "anchor_loss": "nll"}, r"bapo: .*doesn't measure"),
-        ({"keep": {"prompts": "a.csv"}}, r"bapo\.keep\.prompts: .*, got 'a.csv'"),
+        ({"keep": {"prompts": "a.csv"}}, r"bapo\.keep\.prompts: must be the name.*, got 'a.csv'"),
+        ({"keep": "a.txt"}, r"bapo\.keep: must be a block of settings, such as\n  keep: {prompts"),
         ({"keep": {"prompts": "a.txt", "wieght": 1}}, r"bapo\.keep\.wieght: .*did you mean weight"),
         ({"anchor_weight": "much"}, r"bapo\.anchor_weight: .*got 'much'"),
         (
@@ -138,6 +139,22 @@ def test_block_errors_name_key_value_and_remedy(block, match):
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config changes the weights below"),
         ({"trainer_cls": "my.Trainer"}, "trainer_cls: my.Trainer can't be combined"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: true would cut"),
+        (
+            {"adapter": None, "load_in_4bit": False, "bapo": {"anchor_weight": "auto"}},
+            "bapo.anchor_weight: auto takes bapo.anchor_loss: kl, .*needs an adapter; set `adapter:`",
+        ),
+        (
+            {"adapter": None, "load_in_4bit": False, "bapo": {"anchor_loss": "kl"}},
+            "bapo.anchor_loss: kl compares .*needs an adapter",
+        ),
+        (
+            {"adapter": None, "load_in_4bit": False, "bapo": {"keep": {"prompts": "a.txt"}}},
+            "bapo.keep compares .*needs an adapter",
+        ),
+        (
+            {"bapo": {"anchor_weight": "auto"}, "dpo_loss_type": ["ipo"]},
+            "bapo.anchor_weight: auto doesn't work with dpo_loss_type: ipo",
+        ),
         ({"adapter": "llama-adapter"}, "llama-adapter can't be switched off"),
         (
             {"dpo_loss_type": ["sigmoid", "hinge"], "dpo_loss_weights": [1]},

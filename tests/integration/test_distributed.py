@@ -44,8 +44,8 @@ def run(folder, processes, **settings):
     return json.loads((folder / "result.json").read_text())
 
 
-SETTINGS = {"rows": 32, "tokens": 80, "continued": True, "keep": 3}
-SETTINGS["anchor"] = {"anchor_weight": "auto", "drift_limit": 0.01}
+SETTINGS = {"rows": 32, "tokens": 80, "continued": True, "keep": 1}
+SETTINGS["anchor"] = {"anchor_weight": "auto", "drift_limit": 0.01, "anchor_loss": "hinge"}
 PROMPTS = "tell me about the sea\nwho are you\nname three blue leaf please\n"
 
 
@@ -79,7 +79,7 @@ def same(one, two, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(tmp_path, one, prompts, kind):
-    """With packs whose number differs between ranks, as do the rows in them; killed after the first checkpoint and
+    """With packs whose number differs between ranks, as do the rows in them; one rank has no kept prompt in a step; killed after the first checkpoint and
     resumed, which changes nothing either."""
     settings = {"kind": kind, "batch": 4, **SETTINGS}
     two = run(tmp_path / "two", 2, **settings, retention=prompts)
@@ -99,16 +99,9 @@ def test_two_processes_are_one(tmp_path, one, prompts, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_micro_batches_of_a_new_adapter(tmp_path, kind):
-    """With packs of kept prompts alone, of which a process may have none."""
-    settings = {"keep": 1}  # one of the processes has none of them
+    settings = {"keep": 3, "anchor": {"anchor_loss": "kl"}}
     one = run(tmp_path / "one", 1, batch=4, **settings)
     same(one, run(tmp_path / "two", 2, kind=kind, batch=1, accumulation=2, **settings), 4)
-
-
-def test_a_process_without_kept_prompts(tmp_path):
-    """Packs differ between the two, and logs are common."""
-    one = run(tmp_path / "one", 1, batch=8, tokens=60, keep=1)
-    same(one, run(tmp_path / "two", 2, batch=4, tokens=60, keep=1), 2)
 
 
 @pytest.mark.slow

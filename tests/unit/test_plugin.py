@@ -77,6 +77,8 @@ print("RESULT", seconds, sorted(new - {"bapo_plugin"}), repr(out.getvalue()))
         for heavy in ("triton", "bapo_kernels", "trl"):
             assert f"'{heavy}'" not in rest, rest
         best = min(best, float(seconds))
+        if best < 0.05:
+            break
     assert best < 0.05, f"{best:.3f} s"
 
 

@@ -262,7 +262,7 @@ def commands(outputs: dict[str, Path]) -> list[str]:
     return [
         f'{place}/python {Path(__file__).relative_to(ROOT)} "Your own question?"',
         f"{place}/bapo report {folders} -o outputs/report.html",
-        f"{place}/bapo eval {CONFIG} {folders} --prompts {UNRELATED}",
+        f"{place}/bapo eval {CONFIG} {folders} --prompts {UNRELATED} --max-new-tokens {MAX_NEW_TOKENS}",
     ]
 
 

@@ -36,7 +36,8 @@ def cap_slope(z, softcap):
 def finish(peak, mass, spread, z_label):
     """(logp, q = 1 - p, log-sum-exp of the others, log-sum-exp of all, entropy) from the online
     state over v != label."""
-    mass = tl.maximum(mass, _TINY)  # V = 1: nothing but the label
+    # V = 1: nothing but the label. Not `maximum`, which would make a number of NaN
+    mass = tl.where(mass < _TINY, _TINY, mass)
     log_mass = tl.log(mass)
     others = peak + log_mass
     gap = others - z_label

@@ -74,8 +74,8 @@ def trained(path):
 def loads(monkeypatch):
     """Counts how often the reference model was loaded."""
     calls = []
-    original = prepare.load_reference
-    monkeypatch.setattr(prepare, "load_reference", lambda *a: calls.append(a) or original(*a))
+    original = models.load_reference
+    monkeypatch.setattr(models, "load_reference", lambda *a: calls.append(a) or original(*a))
     return calls
 
 

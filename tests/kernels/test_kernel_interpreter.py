@@ -29,7 +29,7 @@ OPTIONS = [
     {"logit_scale": 0.3},
     {"bias": True, "logit_softcap": 3.0, "logit_scale": 1.7},
 ]
-PARTS = ["forward", "gradient", "long", "config", "masked"]
+PARTS = ["forward", "gradient", "long", "config", "masked", "nan"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
@@ -133,6 +133,40 @@ def part_config(torch):
         for a, b in zip(results[0], results[-1], strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
     return results
+
+
+def part_nan(torch):
+    """One NaN or infinity reaches its rows as NaN, wherever it stands: never a plausible number."""
+    from kernel_cases import make_case
+
+    from bapo_kernels import sequence_logprobs
+
+    ran = []
+    places = {
+        "hidden_states": [(3, 2)],
+        "lm_head_weight": [("label", 2), ("other", 2), (-1, 0)],
+        "bias": [("label",), ("other",), (-1,)],
+    }
+    for dtype, (name, positions), value, gradient in itertools.product(
+        (torch.float32, torch.bfloat16), places.items(), (torch.nan, torch.inf), (False, True)
+    ):
+        for position in positions:
+            if name == "bias" and value == torch.inf and position != ("label",):
+                continue  # an infinite logit of another token leaves none for the label: -inf
+            case = make_case(5, 2100, 16, [3, 2], dtype=dtype, bias=True)
+            label = int(case["labels"][3])
+            where = {"label": label, "other": (label + 1) % 2100}
+            at = tuple(where.get(p, p) for p in position)
+            case[name] = case[name].clone()
+            case[name][at] = value
+            case["hidden_states"].requires_grad_(gradient)
+            truth = sequence_logprobs(**case, backend="torch").token_logps
+            found = sequence_logprobs(**case, backend="triton").token_logps
+            text = f"{dtype} {name}{at} {value} gradient={gradient}: {found} not {truth}"
+            assert not truth.isfinite().all(), text
+            assert torch.equal(found.isfinite(), truth.isfinite()), text
+            ran.append(found)
+    return ran
 
 
 def part_masked(torch):

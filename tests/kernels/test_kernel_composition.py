@@ -210,4 +210,4 @@ def test_import_is_light():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "['SequenceLogps', 'sequence_logprobs']" in result.stdout
+    assert "['SequenceKL', 'SequenceLogps', 'sequence_kl', 'sequence_logprobs']" in result.stdout

@@ -93,7 +93,7 @@ def evaluate(
         "samples": [],
     }
     if answers:
-        retention = _retention(subject, answers)
+        retention = measure_retention(subject, answers)
         found["retention"] = {
             "prompts": len(answers),
             "tokens": sum(len(answer.answer_ids) for answer in answers),
@@ -137,7 +137,9 @@ def _former_answers(
     return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
 
 
-def _retention(subject: Subject, answers: list[FormerAnswer]) -> dict[str, Retention]:
+def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict[str, Retention]:
+    """What each adapter of the subject has kept of former answers, with a progress bar; by the adapter's name."""
+
     def scorer(state: Callable[[], AbstractContextManager]) -> Callable[[dict], torch.Tensor]:
         def score(batch: dict) -> torch.Tensor:
             with state(), autocast(subject.model):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from bapo_plugin.rows.tokens import IDS
 from bapo_plugin.scoring.collator import ROW, packs_of
 from bapo_plugin.training.reference import Reference
+from bapo_plugin.training.rows import refuse_empty
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -36,13 +37,9 @@ class Keeper:
         if len(rows) == 0:
             raise ValueError("bapo.keep: there are no prompts to keep")
         self._trainer = trainer
-        for i, row in enumerate(rows):
-            for name in ("prompt_ids", "base_ids"):
-                if not row.get(name):
-                    raise ValueError(
-                        f"bapo.keep: {name} of prompt {i + 1} is empty; both need at least one token; leave it out"
-                    )
-        self._rows = rows.select_columns(["prompt_ids", "base_ids"])
+        columns = ["prompt_ids", "base_ids"]
+        refuse_empty(rows, columns, "bapo.keep", "prompt")
+        self._rows = rows.select_columns(columns)
         #: prompts in each optimiser step, over its micro-batches and all processes
         self.per_step: int = min(trainer.bapo.keep.per_step, len(rows))
         self._orders: dict[int, list[int]] = {}

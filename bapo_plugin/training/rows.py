@@ -1,5 +1,6 @@
 """Rows that come to the trainer without axolotl: texts are tokenised, token ids are checked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def tokenized(dataset: Dataset, tokenizer: Any, args: Any, dataset_name: str) ->
     """
     columns = dataset.column_names or []
     if all(name in columns for name in IDS):
-        _refuse_empty(dataset, dataset_name)
+        refuse_empty(dataset, IDS, f"the {dataset_name} data set")
         return dataset
     missing = [name for name in TEXTS if name not in columns]
     if missing:
@@ -59,15 +60,24 @@ def tokenized(dataset: Dataset, tokenizer: Any, args: Any, dataset_name: str) ->
     return finish(rows, name, limit, "truncate", "keep")
 
 
-def _refuse_empty(dataset: Dataset, name: str) -> None:
-    """A prompt without tokens has no state that predicts a response's first one."""
+def refuse_empty(dataset: Dataset, columns: Sequence[str], name: str, unit: str = "row") -> None:
+    """A prompt without tokens has no state that predicts a response's first one.
+
+    Args:
+        dataset: rows of token ids.
+        columns: those that must have tokens.
+        name, unit: of the data set and of its rows, for the message.
+
+    Raises:
+        ValueError: one has none.
+    """
     start = 0
-    for part in dataset.select_columns(list(IDS)).with_format("arrow").iter(batch_size=10_000):
-        for column in IDS:
+    for part in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+        for column in columns:
             for i, tokens in enumerate(part[column]):
                 if not tokens.is_valid or len(tokens) == 0:
                     raise ValueError(
-                        f"the {name} data set: {column} of row {start + i + 1} is empty; prompt and responses need at "
-                        "least one token each; leave the row out"
+                        f"{name}: {column} of {unit} {start + i + 1} is empty; prompt and responses need at least one "
+                        f"token each; leave the {unit} out"
                     )
         start += len(part)

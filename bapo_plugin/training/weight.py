@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from bapo_plugin.training.objective import Terms
     from bapo_plugin.training.trainer import BAPOTrainer
 
-# of λ, in units of β (times the weights of the preference losses): its bounds, and where it starts. A nat of preference gains at most β in the loss, so what holds a
-# base response is of that order whatever its length; a divergence, which grows as the square of a shift, needs more
+# of λ, in units of β (times the weights of the preference losses): its bounds, and where it starts. A nat of preference
+# gains at most β in the loss, so what holds a base response is of that order whatever its length; a divergence, which
+# grows as the square of a shift, needs more
 _LOWEST, _HIGHEST = 1e-3, 100.0
 _START = {"kl": 1.0}
 _START_OF_OTHERS = 0.3
@@ -44,7 +45,6 @@ class AnchorWeight(TrainerCallback, ExportableState):
         device = trainer.accelerator.device
         #: [3]: smoothed lost nats, smoothed tokens, sum of e
         self._state = torch.zeros(3, dtype=torch.float32, device=device)
-        self._fixed = None if self._auto else float(bapo.anchor_weight)
         #: what the anchor leaves alone, nats a token of the base response
         self.slack: float = bapo.drift_limit if self._auto else 0.0
         start = _START.get(bapo.anchor_loss, _START_OF_OTHERS)
@@ -53,8 +53,8 @@ class AnchorWeight(TrainerCallback, ExportableState):
     @property
     def value(self) -> float | Tensor:
         """λ; a scalar tensor with `anchor_weight: auto`."""
-        if self._fixed is not None:
-            return self._fixed
+        if not self._auto:
+            return self._trainer.bapo.anchor_weight
         # a nat of the margin changes the preference loss by at most this
         weights = self._trainer.loss_weights or [1.0] * len(self._trainer.loss_types)
         unit = self._trainer.beta * sum(map(abs, weights))

@@ -53,8 +53,10 @@ CASES = [
     (24, 0.05, 6e-3),
     (24, 0.5, 6e-3),
     (24, 0.1, 1.8e-2),
+    (60, 0.2, 1e-2),
     (100, 0.1, 4.5e-3),
     (100, 0.1, 9e-3),
+    (400, 0.1, 3e-3),
 ]
 AUTO = {"anchor_weight": "auto", "drift_limit": LIMIT}
 
@@ -68,8 +70,9 @@ def test_the_budget_is_kept(tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_budget_is_kept_and_used(tmp_path, case):
     length, *settings = case
-    rows = rows_of(length)
-    without = lost(tmp_path, rows, *settings, {"anchor_loss": "kl", "anchor_weight": 1e-9})
+    count, steps = (80, 60) if length == 400 else (160, 80)
+    rows = rows_of(length, count)
+    without = lost(tmp_path, rows, *settings, {"anchor_loss": "kl", "anchor_weight": 1e-9}, steps)
     assert without > 1.5 * LIMIT, "nothing to hold back"
-    found = lost(tmp_path, rows, *settings, AUTO)
+    found = lost(tmp_path, rows, *settings, AUTO, steps)
     assert 0.7 * LIMIT < found < 1.3 * LIMIT

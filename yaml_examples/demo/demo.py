@@ -92,6 +92,7 @@ def key_of(config: dict[str, Any]) -> str:
 
 def compare(config: dict[str, Any], outputs: dict[str, Path], own_prompts: Sequence[str]) -> None:
     from bapo_plugin.answers.prompts import held_out_answers, read_prompts
+    from bapo_plugin.evaluation.run import measure_retention
     from bapo_plugin.evaluation.subject import load_run
     from bapo_plugin.prepare import prepare_rows
 
@@ -108,7 +109,8 @@ def compare(config: dict[str, Any], outputs: dict[str, Path], own_prompts: Seque
     _, rows = prepare_rows(subject.cfg, subject.tokenizer)
     held_out = held_out_answers(rows, subject.tokenizer, None)
     print("Measuring what each run has kept ...", flush=True)
-    kept = retention(subject, names, unrelated + held_out)
+    measured = measure_retention(subject, unrelated + held_out)
+    kept = {run: measured[adapter] for run, adapter in names.items()}
     parts = {
         f"{len(unrelated)} prompts that have nothing to do with the data": slice(len(unrelated)),
         f"{len(held_out)} held-out rows of the data": slice(len(unrelated), None),
@@ -149,31 +151,6 @@ def answer(subject: Any, names: dict[str, str], prompts: Sequence[str]) -> dict[
             for one in found
         ]
     return texts
-
-
-def retention(subject: Any, names: dict[str, str], answers: Sequence[Any]) -> dict[str, Any]:
-    """Run -> its `Retention` on former answers."""
-    from bapo_plugin.scoring.forward import response_logits
-    from bapo_plugin.scoring.retention import measure
-
-    def scorer(state):
-        def score(batch):
-            with state():
-                return response_logits(subject.model, batch)
-
-        return score
-
-    return measure(
-        answers,
-        scorer(subject.before),
-        {
-            name: scorer(lambda adapter=adapter: subject.after(adapter))
-            for name, adapter in names.items()
-        },
-        pad_token_id=subject.tokenizer.pad_token_id,
-        vocab_size=subject.model.config.vocab_size,
-        device=subject.model.device,
-    )
 
 
 def last_evaluation(output: Path) -> dict[str, float]:

@@ -39,7 +39,7 @@ _NO_DIVERGENCE = (
     "bapo.anchor_loss: hinge and no bapo.keep"
 )
 _TRIES = 3
-_HALF_CHUNK = 2**29  # bytes; half of what bapo_kernels takes on a GPU
+_SMALL_CHUNK = 2**24  # bytes; a sixth of what bapo_kernels takes on a GPU, or less
 
 
 class ForwardOutput(NamedTuple):
@@ -237,7 +237,7 @@ class ResponseForward:
         return ForwardOutput(logps, getattr(outputs, "aux_loss", None), divergence)
 
     def _logps(self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict) -> Tensor:
-        """[S], nats; with half the temporary memory, from then on, where there was too little."""
+        """[S], nats; with less temporary memory, from then on, where there was too little."""
 
         def run() -> Tensor | None:
             try:
@@ -257,9 +257,9 @@ class ResponseForward:
 
         found = run()
         if found is None and self._chunk_bytes is None:
-            self._chunk_bytes = _HALF_CHUNK
+            self._chunk_bytes = _SMALL_CHUNK
             self._log(
-                "the log-prob kernel ran out of memory and goes on with half of its temporary memory, "
+                "the log-prob kernel ran out of memory and goes on with less temporary memory, "
                 f"{self._chunk_bytes / 2**20:.0f} MiB"
             )
             found = run()

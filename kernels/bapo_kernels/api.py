@@ -58,15 +58,15 @@ def sequence_logprobs(
         TypeError: a head in 8- or 4-bit or otherwise wrapped storage.
     """
     _check_head(lm_head_weight)
-    _check_devices(hidden_states, lm_head_weight, labels, cu_seqlens, bias)
+    _check_devices(hidden_states, lm_head_weight, cu_seqlens, bias, labels)
     device = hidden_states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(lm_head_weight.dtype)
-    _check_shapes(hidden_states, lm_head_weight, labels, cu_seqlens, bias)
+    _check_shapes(hidden_states, lm_head_weight, cu_seqlens, bias, labels)
     _check_options(hidden_states, logit_scale, logit_softcap, backend, chunk_bytes)
 
     need_unit = hidden_states.requires_grad and torch.is_grad_enabled()
-    sums, token_logps, entropy, _, _ = chunked._op(
+    sums, token_logps, _, entropy, *_ = chunked._op(
         hidden_states,
         lm_head_weight,
         bias,
@@ -96,6 +96,7 @@ def sequence_kl(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    backend: str = "auto",
     chunk_bytes: int | None = None,
 ) -> SequenceKL:
     """KL(softmax(cap(r)) || softmax(cap(z))) of each sequence, z and r the logits of both states.
@@ -110,9 +111,9 @@ def sequence_kl(
         lm_head_weight: [V, H], same dtype and device, frozen (inside autocast states are cast to its
             dtype).
         cu_seqlens: [S + 1], as in :func:`sequence_logprobs`.
-        bias, logit_scale, logit_softcap: as in :func:`sequence_logprobs`.
-        chunk_bytes: temporary memory, bytes; None takes the device's default (256 MiB on a CPU, else
-            1 GiB). At least one token's logits of both models are held.
+        bias, logit_scale, logit_softcap, backend: as in :func:`sequence_logprobs`.
+        chunk_bytes: temporary memory, bytes; None takes the default (100 MiB with Triton; in torch 256 MiB
+            on a CPU, else 1 GiB, and at least one token's logits of both models).
 
     Returns:
         SequenceKL, nats. Only ``sum`` carries a gradient, for hidden_states. First derivatives only.
@@ -130,7 +131,7 @@ def sequence_kl(
             "head, which must not change; freeze it"
         )
     device = hidden_states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(lm_head_weight.dtype)
         reference_hidden_states = reference_hidden_states.to(lm_head_weight.dtype)
     if reference_hidden_states.shape != hidden_states.shape:
@@ -148,11 +149,10 @@ def sequence_kl(
             f"hidden_states are on {hidden_states.device}, reference_hidden_states on "
             f"{reference_hidden_states.device}"
         )
-    no_labels = torch.zeros(hidden_states.shape[:1], dtype=torch.int64, device="cpu")
-    _check_devices(hidden_states, lm_head_weight, hidden_states, cu_seqlens, bias)
-    _check_shapes(hidden_states, lm_head_weight, no_labels, cu_seqlens, bias)
-    _check_options(hidden_states, logit_scale, logit_softcap, "torch", chunk_bytes)
-    chunked._check_values(no_labels, cu_seqlens, hidden_states.shape[0], lm_head_weight.shape[0])
+    _check_devices(hidden_states, lm_head_weight, cu_seqlens, bias)
+    _check_shapes(hidden_states, lm_head_weight, cu_seqlens, bias)
+    _check_options(hidden_states, logit_scale, logit_softcap, backend, chunk_bytes)
+    chunked._check_offsets(cu_seqlens, hidden_states.shape[0])
     sums, token_kl = SequenceDivergence.apply(
         hidden_states,
         reference_hidden_states.detach(),
@@ -162,6 +162,7 @@ def sequence_kl(
         float(logit_scale),
         None if logit_softcap is None else float(logit_softcap),
         chunk_bytes or 0,
+        backend,
     )
     return SequenceKL(sums, token_kl)
 
@@ -186,7 +187,11 @@ def _check_head(weight: Tensor) -> None:
 
 
 def _check_devices(
-    hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: Tensor, bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None = None,
 ) -> None:
     same_device = {"lm_head_weight": weight, "labels": labels, "bias": bias}
     if cu_seqlens.device.type != "cpu":
@@ -197,7 +202,11 @@ def _check_devices(
 
 
 def _check_shapes(
-    hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: Tensor, bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None = None,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(
@@ -216,7 +225,7 @@ def _check_shapes(
             f"hidden_states are {hidden.dtype}, lm_head_weight {weight.dtype}: cast one "
             f"(hidden_states.to(lm_head_weight.dtype))"
         )
-    if labels.dim() != 1 or labels.shape[0] != hidden.shape[0]:
+    if labels is not None and (labels.dim() != 1 or labels.shape[0] != hidden.shape[0]):
         raise ValueError(
             f"labels must be [T] with T = {hidden.shape[0]} rows of hidden_states; "
             f"got {tuple(labels.shape)}"
@@ -226,6 +235,8 @@ def _check_shapes(
     if cu_seqlens.shape[0] == 1 and hidden.shape[0] > 0:
         raise ValueError(f"cu_seqlens has no sequence, hidden_states have {hidden.shape[0]} tokens")
     for name, tensor in (("labels", labels), ("cu_seqlens", cu_seqlens)):
+        if tensor is None:
+            continue
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} must be integers; got {tensor.dtype}")
     if bias is not None:

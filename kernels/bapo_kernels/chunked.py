@@ -1,9 +1,9 @@
 """The autograd function, as a torch custom op so that `torch.compile` traces through a caller.
 
-Forward forms token log-probs and, where hidden states need a gradient, unit = d logp_t / d h_t.
+Forward forms token log-probs and, where hidden states need a gradient, size_t * unit_t = d logp_t / d h_t.
 A sequence enters the loss through its sum only, so backward is
 
-    d loss / d h_t = unit_t * (d loss / d sum_s),    s = the sequence of token t
+    d loss / d h_t = unit_t * (size_t * d loss / d sum_s),    s = the sequence of token t
 
 and costs T * H: no second projection, no atomics, the same bits on every run. A trainable head
 is the exception: dW = sum_t g_t (onehot - p_t) h_t^T needs g before it can be summed, so its
@@ -23,8 +23,8 @@ from bapo_kernels import torch_tiles
 from bapo_kernels.head_gradient import head_gradient
 from bapo_kernels.reference import compute_dtype, segment_ids
 
-# Outputs of the op, in order. `unit` and `logsumexp` never leave this package.
-_SUM, _LOGPS, _ENTROPY, _UNIT, _LOGSUMEXP = range(5)
+# Outputs of the op, in order. `logsumexp`, `unit` and `size` never leave this package.
+_SUM, _LOGPS, _LOGSUMEXP, _ENTROPY, _UNIT, _SIZE = range(6)
 
 
 def triton_missing(hidden: Tensor) -> str | None:
@@ -44,19 +44,8 @@ def triton_missing(hidden: Tensor) -> str | None:
     return None
 
 
-def _triton_forward(
-    hidden, weight, bias, labels, scale, softcap, need_unit, need_entropy, chunk_bytes
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torch_tiles.forward by Triton: fused without a gradient, row chunks with one (and for fp32,
-    where cuBLAS beats what Triton makes of a dot without tensor cores)."""
-    from bapo_kernels import triton_forward, triton_rows
-
-    if need_unit or not triton_forward.supports(hidden, weight):
-        return triton_rows.forward(
-            hidden, weight, bias, labels, scale, softcap, need_unit, need_entropy, chunk_bytes
-        )
-    results = triton_forward.forward(hidden, weight, bias, labels, scale, softcap, need_entropy)
-    return *results, hidden.new_empty(0, hidden.shape[1])
+def takes_triton(backend: str, hidden: Tensor) -> bool:
+    return backend == "triton" or (backend == "auto" and triton_missing(hidden) is None)
 
 
 @torch.library.custom_op("bapo_kernels::sequence_logprobs", mutates_args=())
@@ -72,22 +61,24 @@ def _op(
     need_unit: bool,
     need_entropy: bool,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    labels, cu_seqlens = labels.to(torch.int64), cu_seqlens.to(torch.int64)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_values(labels, cu_seqlens, hidden.shape[0], weight.shape[0])
     cu_seqlens = cu_seqlens.to(hidden.device, non_blocking=True)
-    inside = labels.clamp(0, weight.shape[0] - 1)
-    use_triton = backend == "triton" or (backend == "auto" and triton_missing(hidden) is None)
-    compute = _triton_forward if use_triton else torch_tiles.forward
-    # Inside autocast torch would silently round our fp32 GEMMs to 16 bits.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logps, logsumexp, entropy, unit = compute(
-            hidden, weight, bias, inside, scale, softcap, need_unit, need_entropy, chunk_bytes
-        )
     # CUDA values aren't checked on the host, which would wait for the device: a wrong label or
     # offset gives NaN, which no loss can miss, instead of a plausible number.
+    # Inside autocast torch would silently round our fp32 GEMMs to 16 bits.
+    with torch.autocast(hidden.device.type, enabled=False):
+        options = (scale, softcap, need_unit, need_entropy, chunk_bytes)
+        if takes_triton(backend, hidden):
+            from bapo_kernels import triton_slabs
+
+            logps, *rest = triton_slabs.forward(hidden, weight, bias, labels, *options)
+            return triton_slabs.sum_by_sequence(logps, cu_seqlens), logps, *rest
+        labels = labels.to(torch.int64)
+        inside = labels.clamp(0, weight.shape[0] - 1)
+        logps, *rest = torch_tiles.forward(hidden, weight, bias, inside, *options)
     logps.masked_fill_(labels != inside, torch.nan)
-    return _sum_by_sequence(logps, cu_seqlens), logps, entropy, unit, logsumexp
+    return _sum_by_sequence(logps, cu_seqlens.to(torch.int64)), logps, *rest
 
 
 @_op.register_fake
@@ -99,9 +90,10 @@ def _(
     return (
         hidden.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype),
         hidden.new_empty(total, dtype=dtype),
+        hidden.new_empty(total, dtype=dtype),
         hidden.new_empty(total if need_entropy else 0, dtype=dtype),
         hidden.new_empty((total if need_unit else 0, width)),
-        hidden.new_empty(total, dtype=dtype),
+        hidden.new_empty(total if need_unit else 0, dtype=dtype),
     )
 
 
@@ -151,7 +143,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = (scale, softcap, chunk_bytes)
     ctx.trainable_head = any(ctx.needs_input_grad[1:3])
     head = (hidden, weight, bias, labels, output[_LOGPS], output[_LOGSUMEXP])
-    ctx.save_for_backward(output[_UNIT], cu_seqlens, *(head if ctx.trainable_head else ()))
+    kept = (output[_UNIT], output[_SIZE], cu_seqlens)
+    ctx.save_for_backward(*kept, *(head if ctx.trainable_head else ()))
 
 
 def _backward(ctx, grad_sum, *_):
@@ -164,7 +157,7 @@ def _backward(ctx, grad_sum, *_):
     if grad_sum is None:
         return None, None, None, *none
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    unit, cu_seqlens, *head = ctx.saved_tensors
+    unit, size, cu_seqlens, *head = ctx.saved_tensors
     tokens = head[0].shape[0] if head else unit.shape[0]
     sequence = segment_ids(cu_seqlens.to(grad_sum.device, non_blocking=True), tokens)
     # A wrong cu_seqlens on CUDA has made every sum NaN; here it only must not read out of bounds.
@@ -172,8 +165,9 @@ def _backward(ctx, grad_sum, *_):
 
     d_hidden = d_weight = d_bias = None
     if need_hidden:
-        # fp32 product, rounded once
-        d_hidden = (unit * grad_tokens.unsqueeze(1)).to(unit.dtype)
+        # the factors meet before unit is touched; the fp32 product is rounded once, on CUDA as it is stored
+        factor = (size * grad_tokens).unsqueeze(1)
+        d_hidden = torch.mul(unit, factor, out=torch.empty_like(unit))
     if ctx.trainable_head:
         scale, softcap, chunk_bytes = ctx.options
         d_weight, d_bias = _head_gradient_op(
@@ -187,6 +181,20 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def _check_values(labels: Tensor, cu_seqlens: Tensor, tokens: int, vocabulary: int) -> None:
     """Errors that name the position, for every tensor whose values the host can see for free."""
+    _check_offsets(cu_seqlens, tokens)
+    if labels.device.type == "cpu":
+        labels = labels.to(torch.int64)
+        bad = ((labels < 0) | (labels >= vocabulary)).nonzero()
+        if bad.numel():
+            position = bad[0].item()
+            raise ValueError(
+                f"labels[{position}] = {labels[position].item()} is outside the vocabulary "
+                f"[0, {vocabulary}) ({bad.shape[0]} such labels). Prompt and padding positions "
+                f"(-100) must be dropped before the call: T counts response tokens only."
+            )
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
     if cu_seqlens.device.type == "cpu":
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != tokens:
@@ -200,15 +208,6 @@ def _check_values(labels: Tensor, cu_seqlens: Tensor, tokens: int, vocabulary: i
                     f"cu_seqlens must not decrease: cu_seqlens[{i}] = {start}, "
                     f"cu_seqlens[{i + 1}] = {stop}"
                 )
-    if labels.device.type == "cpu":
-        bad = ((labels < 0) | (labels >= vocabulary)).nonzero()
-        if bad.numel():
-            position = bad[0].item()
-            raise ValueError(
-                f"labels[{position}] = {labels[position].item()} is outside the vocabulary "
-                f"[0, {vocabulary}) ({bad.shape[0]} such labels). Prompt and padding positions "
-                f"(-100) must be dropped before the call: T counts response tokens only."
-            )
 
 
 def _sum_by_sequence(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:

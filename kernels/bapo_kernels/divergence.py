@@ -8,7 +8,7 @@ With z, r the logits of policy and reference, and L, M their log-sum-exps over t
     d KL_t / d h_t = logit_scale * sum_v g_v c_v W_v,      c_v = 1 - (z_v / softcap)^2
 
 Nothing near 1 is subtracted from anything near 1: where the policy has hardly moved, KL and its
-gradient keep their digits. Row blocks hold the logits of both; three GEMMs a token.
+gradient keep their digits. The torch path is here: row blocks hold the logits of both; three GEMMs a token.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bapo_kernels.chunked import _sum_by_sequence
+from bapo_kernels.chunked import _sum_by_sequence, takes_triton
 from bapo_kernels.reference import compute_dtype, segment_ids
 from bapo_kernels.torch_tiles import (
     _MAX_COLUMNS,
@@ -49,30 +49,37 @@ class SequenceDivergence(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk_bytes: int,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         need_unit = ctx.needs_input_grad[0]
+        compute, add_up = forward, _sum_by_sequence
+        if takes_triton(backend, hidden):
+            from bapo_kernels import triton_divergence, triton_slabs
+
+            compute, add_up = triton_divergence.forward, triton_slabs.sum_by_sequence
         with torch.autocast(hidden.device.type, enabled=False):
-            token_kl, unit, size = _divergence(
+            token_kl, unit, size = compute(
                 hidden, reference, weight, bias, scale, softcap, need_unit, chunk_bytes
             )
         cu_seqlens = cu_seqlens.to(hidden.device, torch.int64, non_blocking=True)
         ctx.save_for_backward(unit, size, cu_seqlens)
         ctx.mark_non_differentiable(token_kl)
         ctx.set_materialize_grads(False)
-        return _sum_by_sequence(token_kl, cu_seqlens), token_kl
+        return add_up(token_kl, cu_seqlens), token_kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_sum: Tensor | None, _: Any) -> tuple:
         unit, size, cu_seqlens = ctx.saved_tensors
         if grad_sum is None:
-            return (None,) * 8
+            return (None,) * 9
         sequence = segment_ids(cu_seqlens, unit.shape[0]).clamp_max(grad_sum.shape[0] - 1)
         # the factor meets the loss's own before it is rounded: in fp16 it may be far below 6e-8
-        return (unit * (size * grad_sum[sequence]).unsqueeze(1)).to(unit.dtype), *(None,) * 7
+        factor = (size * grad_sum[sequence]).unsqueeze(1)
+        return torch.mul(unit, factor, out=torch.empty_like(unit)), *(None,) * 8
 
 
-def _divergence(
+def forward(
     hidden: Tensor,
     reference: Tensor,
     weight: Tensor,

@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel on every card, without a GPU: `python -m bapo_kernels.inspect`.
 
 One row a kernel, variant and architecture: registers a thread, bytes spilled, shared memory a
-block, tensor-core instructions and 16-byte memory instructions. tests/kernels/test_compiled.py
+block, and wide memory instructions. tests/kernels/test_compiled.py
 holds the rows to their limits.
 """
 
@@ -15,22 +15,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bapo_kernels import triton_forward, triton_rows
+from bapo_kernels import triton_divergence, triton_slabs
 
-ARCHITECTURES = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100", 120: "RTX 50"}
+ARCHITECTURES = {
+    80: "A100",
+    86: "RTX 30",
+    89: "RTX 40",
+    90: "H100",
+    100: "B200",
+    120: "RTX 50",
+}
 # Most shared memory a block may ask for, bytes; consumer cards have 99 KB.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 _POINTERS = {
     "labels": "*i64",
     **dict.fromkeys(
-        "logits bias logps logsumexp entropy row_scale peaks masses spreads label_logits".split(),
+        "logits reference bias lse reference_lse sums state logps logsumexp entropy token_kl size".split(),
         "*fp32",
     ),
 }
-# Sizes that need not be multiples of 16: ragged T and V (32,003), few splits. H is one in every
-# model we know of; strides are, because H is and rows of logits are padded.
-_RAGGED = {"T", "V", "splits", "tiles_per_split"}
+# V (32,003) and rows need not be multiples of 16; H is one in every model we know of. need_grad isn't specialised.
+_RAGGED = {"V", "stride_state", "need_grad"}
 _OFF = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "NEED_ENTROPY": False}
 _ON = dict.fromkeys(_OFF, True)
 
@@ -41,7 +47,6 @@ class Variant(NamedTuple):
     kernel: str
     dtype: str
     options: str
-    gemm: bool
     function: object
     constants: dict
     launch: dict
@@ -57,53 +62,31 @@ class Row(NamedTuple):
     registers: int
     spilled: int
     shared: int
-    tensor_core: int
     loads_128: int
     stores_wide: int
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants() -> list[Variant]:
     """Every kernel with its options all off and all on, in each dtype that it ships for."""
-    config = triton_forward.config_for((architecture // 10, architecture % 10))
-    tile = {k: v for k, v in config.items() if k.startswith("BLOCK")}
-    launch = {k: v for k, v in config.items() if k.startswith("num")}
     found = []
     for options, flags in (("plain", _OFF), ("bias+softcap+entropy", _ON)):
         # fp16 differs from bf16 in one conversion: once is enough
-        low = ("bf16", "fp16") if options == "plain" else ("bf16",)
-        for dtype in (*low, "fp32"):
-            for need_grad in (True, False):
-                if need_grad or dtype == "fp32":  # without a gradient the dtype plays no part
-                    constants = {**flags, "NEED_GRAD": need_grad, "BLOCK": triton_rows.BLOCK}
-                    name = "rows+grad" if need_grad else "rows"
-                    warps = {"num_warps": triton_rows.NUM_WARPS}
-                    found.append(
-                        Variant(
-                            name, dtype, options, False, triton_rows.row_kernel, constants, warps
-                        )
-                    )
-        for dtype in low:
-            for even in (True, False):
-                constants = {**flags, "EVEN_K": even, "WIDEN": False, **tile}
-                label = options if even else options + ", H % 64"
-                found.append(
-                    Variant(
-                        "forward",
-                        dtype,
-                        label,
-                        True,
-                        triton_forward.forward_kernel,
-                        constants,
-                        launch,
-                    )
-                )
-        constants = {
-            "NEED_ENTROPY": flags["NEED_ENTROPY"],
-            "BLOCK": triton_forward.MERGE_BLOCK,
-        }
-        found.append(
-            Variant("merge", "fp32", options, False, triton_forward.merge_kernel, constants, {})
-        )
+        for dtype in ("bf16", "fp16", "fp32") if options == "plain" else ("bf16", "fp32"):
+            constants = {**flags, "BLOCK_H": triton_slabs.BLOCK_H}
+            most = triton_slabs.MAX_COLUMNS_WITH_OPTIONS
+            for block in (8192, most if flags["HAS_SOFTCAP"] else triton_slabs.MAX_COLUMNS):
+                each = {**constants, "BLOCK": block}
+                warps = {"num_warps": triton_slabs.num_warps(block)}
+                text = f"{options}, {block}"
+                found.append(Variant("slab", dtype, text, triton_slabs.slab_kernel, each, warps))
+            closing = {**constants, "NEED_GRAD": True}
+            del closing["HAS_BIAS"]
+            found.append(Variant("close", dtype, options, triton_slabs.close_kernel, closing, {}))
+            del constants["NEED_ENTROPY"]
+            block = triton_divergence.MAX_COLUMNS
+            each = {**constants, "BLOCK": block}
+            warps = {"num_warps": triton_slabs.num_warps(block)}
+            found.append(Variant("kl", dtype, options, triton_divergence.kl_kernel, each, warps))
     return found
 
 
@@ -116,7 +99,7 @@ def compile_variant(variant: Variant, architecture: int):
             signature[name] = "constexpr"
         elif name in _POINTERS:
             signature[name] = _POINTERS[name]
-        elif name in ("hidden", "weight", "grad"):
+        elif name in ("weight", "grad", "unit"):
             signature[name] = "*" + variant.dtype
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
@@ -149,7 +132,6 @@ def measure(variant: Variant, architecture: int) -> Row:
         registers,
         spilled,
         compiled.metadata.shared,
-        len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
         len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128", sass)),
         len(re.findall(r"\bSTG\.\S*(?:64|128)", sass)),
     )
@@ -164,11 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(ARCHITECTURES))
     chosen = parser.parse_args().arch or sorted(ARCHITECTURES)
-    heads = ("card", "kernel", "dtype", "options", "regs", "spill", "shared", "MMA", "LD128", "STG")
-    line = "{:14} {:10} {:5} {:31} {:>5} {:>5} {:>7} {:>5} {:>5} {:>5}"
+    heads = ("card", "kernel", "dtype", "options", "regs", "spill", "shared", "LD128", "STG")
+    line = "{:14} {:10} {:5} {:31} {:>5} {:>5} {:>7} {:>5} {:>5}"
     print(line.format(*heads))
     for architecture in chosen:
-        for variant in variants(architecture):
+        for variant in variants():
             row = measure(variant, architecture)
             card = f"sm_{architecture} {ARCHITECTURES[architecture]}"
             print(line.format(card, *row[1:]), flush=True)

@@ -4,12 +4,15 @@ Write y for a row's label, q = 1 - p_y for the probability of everything else, a
 online (max, sum) pair run over v != y only. With L = log sum_{v != y} exp(z_v) and d = L - z_y,
 
     logp   = -softplus(d)                    q = sigmoid(d)
-    d logp / d h = logit_scale * q * ( c_y W_y - sum_{v != y} r_v c_v W_v ),   r_v = exp(z_v - L)
+    d logp / d h = size * unit,              size = logit_scale * q
+    unit   = c_y W_y - sum_{v != y} r_v c_v W_v,   r_v = exp(z_v - L)
     c_v    = 1 - (z_v / softcap)^2           (1 without a soft cap)
 
 Leaving the label out is what keeps a confident token's gradient: as p_y -> 1 nothing is
 subtracted from anything near 1, so q and the bracket keep all their digits. The textbook form,
-onehot - p, loses them to rounding once q is near the precision of p.
+onehot - p, loses them to rounding once q is near the precision of p. `unit` is of order 1 and may be
+rounded to 16 bits; `size` stays wide until backward has multiplied it by the loss's own factor, which a
+loss scaler may have made large: fp16 can't hold a q below 6e-8.
 
 Both sums over v are online, so a slice of W is read (and, for bf16 on a CPU, widened to fp32)
 once per block of rows, the tile of logits stays in the cache, and no row of logits is ever whole.
@@ -150,10 +153,11 @@ def forward(
     need_unit: bool,
     need_entropy: bool,
     tile_bytes: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_logps [T], logsumexp [T], entropy [T] or [0], unit [T, H] or [0, H]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(token_logps [T], logsumexp [T], entropy [T] or [0], unit [T, H] or [0, H], size [T] or [0]).
 
-    `unit` is d logp_t / d h_t in hidden's dtype, the others are fp32 (fp64 for fp64 inputs).
+    d logp_t / d h_t is size_t * unit_t. `unit` is in hidden's dtype, the others are fp32 (fp64 for
+    fp64 inputs).
     """
     dtype = compute_dtype(hidden.dtype)
     total, width = hidden.shape
@@ -161,6 +165,7 @@ def forward(
     logsumexp = hidden.new_empty(total, dtype=dtype)
     entropy = hidden.new_empty(total if need_entropy else 0, dtype=dtype)
     unit = hidden.new_empty(total if need_unit else 0, width)
+    size = hidden.new_empty(total if need_unit else 0, dtype=dtype)
     bias = None if bias is None else bias.to(dtype)
 
     fast_bf16 = need_unit and has_fast_bf16_gemm(weight)
@@ -218,8 +223,9 @@ def forward(
             mean_w.div_(mass.unsqueeze(1))
             if softcap is not None:
                 w_y *= softcap_slope_(z_y, softcap).unsqueeze(1)
-            unit[block] = w_y.sub_(mean_w).mul_((q * scale).unsqueeze(1))
-    return logps, logsumexp, entropy, unit
+            unit[block] = w_y.sub_(mean_w)
+            size[block] = q * scale
+    return logps, logsumexp, entropy, unit, size
 
 
 def label_logits(

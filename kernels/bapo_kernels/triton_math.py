@@ -1,4 +1,4 @@
-"""Device functions that both Triton kernels share; `torch_tiles` states the mathematics.
+"""Device functions of the Triton kernels; `torch_tiles` states the mathematics.
 
 Everything is fp32. exp(-inf) = 0 is relied on, -inf - -inf is avoided: running maxima start at
 the finite LOWEST.
@@ -34,8 +34,7 @@ def cap_slope(z, softcap):
 
 @triton.jit
 def finish(peak, mass, spread, z_label):
-    """(logp, q = 1 - p, log-sum-exp of the others, log-sum-exp of all, entropy) from the online
-    state over v != label."""
+    """(logp, q = 1 - p, log-sum-exp, entropy) from the online state over v != label."""
     # V = 1: nothing but the label. Not `maximum`, which would make a number of NaN
     mass = tl.where(mass < _TINY, _TINY, mass)
     log_mass = tl.log(mass)
@@ -52,4 +51,12 @@ def finish(peak, mass, spread, z_label):
     # p = 0 and q = 0 meet logs of -inf: 0 * -inf must be 0
     entropy = tl.where(p > 0, -p * logp, 0.0)
     entropy += tl.where(q > 0, q * (log_mass - spread / mass - log_q), 0.0)
-    return logp, q, others, z_label - logp, entropy
+    return logp, q, z_label - logp, entropy
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to fp32's precision. The series' next term is below 1e-8 of it where |x| < 0.25."""
+    series = 1.0 + x * (1.0 / 5.0) * (1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0)))
+    series = x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * (1.0 + x * 0.25 * series)))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)

@@ -1,6 +1,7 @@
 """Inputs that the kernel tests share."""
 
 import torch
+from torch.nn import functional as F
 
 
 def make_case(tokens, vocabulary, width, lengths=None, dtype=torch.float32, bias=False, seed=0):
@@ -30,3 +31,32 @@ def to_fp64(case):
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in case.items()
     }
+
+
+def confident_case(dtype, vocabulary=500, width=32):
+    """Eight tokens whose 1 - p goes from 1e-3 down to below 1e-8, a sequence each."""
+    weight = make_case(1, vocabulary, width)["lm_head_weight"]
+    labels = torch.arange(8)
+    hidden = F.normalize(weight[labels], dim=1) * torch.linspace(8, 26, 8).unsqueeze(1)
+    return {
+        "hidden_states": hidden.to(dtype),
+        "lm_head_weight": weight.to(dtype),
+        "labels": labels,
+        "cu_seqlens": torch.arange(9),
+        "bias": None,
+    }
+
+
+def confident_errors(case, loss_scale, **options):
+    """[T] relative error of each token's gradient, which a loss scaler multiplies, against fp64."""
+    from bapo_kernels import sequence_logprobs
+    from bapo_kernels.reference import sequence_logprobs_reference
+
+    def gradient(function, case, **options):
+        leaf = case["hidden_states"].clone().requires_grad_()
+        sums = function(**{**case, "hidden_states": leaf}, **options).sum
+        return torch.autograd.grad(loss_scale * sums.sum(), leaf)[0].double()
+
+    truth = gradient(sequence_logprobs_reference, to_fp64(case))
+    ours = gradient(sequence_logprobs, case, **options)
+    return (ours - truth).norm(dim=1) / truth.norm(dim=1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import make_case, to_fp64
+from kernel_cases import confident_case, confident_errors, make_case, to_fp64
 from torch.nn import functional as F
 
 from bapo_kernels import head_gradient, sequence_logprobs
@@ -140,18 +140,7 @@ def test_sums_of_512_tokens_from_bf16():
 @pytest.mark.parametrize("softcap", [None, 300.0])
 def test_confident_tokens_keep_their_gradient(dtype, softcap):
     """1 - p from 1e-3 to 1e-9: onehot - p in the working precision would give 0 or noise."""
-    width, vocabulary = 32, 500
-    weight = make_case(1, vocabulary, width)["lm_head_weight"]
-    labels = torch.arange(8)
-    directions = F.normalize(weight[labels], dim=1)
-    hidden = directions * torch.linspace(8, 26, 8).unsqueeze(1)
-    case = {
-        "hidden_states": hidden.to(dtype),
-        "lm_head_weight": weight.to(dtype),
-        "labels": labels,
-        "cu_seqlens": torch.arange(9),
-        "bias": None,
-    }
+    case = confident_case(dtype)
 
     def run(function, case):
         leaf = case["hidden_states"].clone().requires_grad_()
@@ -164,6 +153,13 @@ def test_confident_tokens_keep_their_gradient(dtype, softcap):
     torch.testing.assert_close(sums, true_sums, atol=1e-12, rtol=1e-4)
     relative = (ours - truth).norm(dim=1) / truth.norm(dim=1)
     assert relative.max() < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("loss_scale", [2.0**16, 2.0**24])
+def test_a_loss_scaler_saves_a_confident_tokens_fp16_gradient(loss_scale):
+    """1 - p of a token must not be rounded to fp16 (6e-8 and below is 0) before the scale meets it."""
+    errors = confident_errors(confident_case(torch.float16), loss_scale)
+    assert errors.max() < 2e-3, errors
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -4,7 +4,7 @@ Triton's cache makes later runs quick.
 """
 
 import importlib.util
-import math
+import itertools
 import os
 
 import pytest
@@ -14,66 +14,59 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
-from bapo_kernels import inspect, triton_forward, triton_rows
+from bapo_kernels import inspect, triton_slabs
 
-# 15 kernels an architecture, about a second each the first time: one in the quick run.
+# 25 kernels an architecture, about half a second each the first time: one in the quick run.
 ARCHITECTURES = [
     pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in inspect.ARCHITECTURES
 ]
+# registers a thread: an SM has 65,536
+MOST = {"slab": 64, "kl": 128}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_limits(architecture):
-    rows = [inspect.measure(v, architecture) for v in inspect.variants(architecture)]
-    assert {r.kernel for r in rows} == {"rows", "rows+grad", "forward", "merge"}
+    rows = [inspect.measure(v, architecture) for v in inspect.variants()]
+    assert {r.kernel for r in rows} == {"slab", "close", "kl"}
     for row in rows:
         assert row.spilled == 0, row
-        assert row.registers <= 255, row
-        assert row.shared <= inspect.SHARED_LIMIT[architecture], row
-        if row.kernel == "forward":
-            assert row.tensor_core > 0, row
-            # both operands of every tile arrive in 16-byte pieces
-            assert row.loads_128 >= 8, row
-        if row.kernel.startswith("rows"):
-            assert row.loads_128 >= 2, row
-            # several programs an SM, or the two passes over a row don't overlap
-            assert row.registers <= 80, row
-        if row.kernel == "rows+grad":
-            assert row.stores_wide >= 1, row
+        assert row.shared <= 1024, row
+        if row.kernel == "close":
+            assert row.registers <= 64 and row.loads_128 >= 1, row
+            continue
+        plain = row.options.startswith("plain")
+        assert row.registers <= (MOST[row.kernel] if plain else 128), row
+        # logits come and go in 16-byte pieces
+        assert row.loads_128 >= 4 and row.stores_wide >= 1, row
 
 
-H100, RTX_4090, RTX_3060 = 132, 128, 28  # multiprocessors
+HEADS = [(128_256, 4096), (151_936, 2048), (256_000, 3584), (49_152, 576), (32_003, 4096), (3, 16)]
 
 
-@pytest.mark.parametrize("processors", [H100, RTX_4090, RTX_3060])
-@pytest.mark.parametrize("vocabulary, width", [(128_256, 4096), (151_936, 2048), (256_000, 3584)])
-def test_chunks_fill_the_device(processors, vocabulary, width):
-    """The last wave of the second GEMM is 80% full or more, within a budget of 1 GiB."""
-    row_bytes = vocabulary * 6
-    rows = triton_rows.chunk_rows(row_bytes, width, triton_rows.DEFAULT_CHUNK_BYTES, processors)
-    assert rows >= 512 and rows * row_bytes <= 1 << 30
-    waves = (rows / 128) * (width / 128) / processors
-    assert waves / math.ceil(waves) >= 0.8, waves
+@pytest.mark.parametrize("budget", [0, 1, 20 << 20, 300 << 20])
+@pytest.mark.parametrize("tokens", [1, 64, 513, 8192, 24_577])
+@pytest.mark.parametrize("vocabulary, width", HEADS)
+def test_slabs_cover_everything_within_their_budget(vocabulary, width, tokens, budget):
+    for need_unit in (True, False):
+        rows, columns = triton_slabs.slab_plan(tokens, vocabulary, width, need_unit, budget)
+        for slices, size in ((rows, tokens), (columns, vocabulary)):
+            assert slices[0].start == 0 and slices[-1].stop == size
+            assert all(a.stop == b.start for a, b in itertools.pairwise(slices))
+            assert all(s.stop > s.start for s in slices)
+        high, wide = rows[0].stop, columns[0].stop
+        assert all(s.stop - s.start == wide for s in columns[:-1])
+        assert len(columns) == 1 or wide & (wide - 1) == 0  # the kernel's block is a power of two
+        used = high * (4 * wide + 4 * width * need_unit)
+        least = 16 * (4 * triton_slabs.MIN_COLUMNS + 4 * width * need_unit)
+        assert used <= max(budget or (64 << 20) + 4 * high * width * need_unit, least)
+        two, halves = triton_slabs.slab_plan(tokens, vocabulary, width, need_unit, budget, 8192, 2)
+        used = two[0].stop * (8 * halves[0].stop + 4 * width * need_unit)
+        assert halves[-1].stop == vocabulary and halves[0].stop <= 8192
+        least = 16 * (8 * triton_slabs.MIN_COLUMNS + 4 * width * need_unit)
+        assert used <= max(budget or (64 << 20) + 4 * two[0].stop * width * need_unit, least)
 
 
-@pytest.mark.parametrize("budget, rows", [(1, 16), (50 * 6000, 48), (300 * 6000, 256)])
-def test_a_chunk_stays_within_its_budget(budget, rows):
-    assert triton_rows.chunk_rows(6000, 64, budget, H100) == rows
-
-
-@pytest.mark.parametrize("processors", [H100, RTX_4090, RTX_3060])
-@pytest.mark.parametrize("tokens", [64, 512, 2048, 8192, 24_576])
-@pytest.mark.parametrize("vocabulary", [49_152, 128_256, 151_936, 256_000, 32_003])
-def test_splits_fill_the_device(processors, tokens, vocabulary):
-    config = triton_forward.CONFIG
-    tiles = math.ceil(vocabulary / config["BLOCK_V"])
-    splits, per_split = triton_forward.split_plan(tokens, vocabulary, config, processors)
-    assert (splits - 1) * per_split < tiles <= splits * per_split  # all of them, and none empty
-    blocks = math.ceil(tokens / config["BLOCK_T"])
-    in_turn = math.ceil(blocks * splits / processors) * per_split
-    assert blocks * tiles / processors / in_turn >= 0.85
-
-
-def test_consumer_cards_are_held_to_99_kilobytes():
-    for architecture in (86, 89, 120):
-        assert inspect.SHARED_LIMIT[architecture] == 101_376
+def test_the_readmes_memory():
+    """Llama 3 8B: 64 MiB of logits and 32 MiB of sums, whatever T is."""
+    rows, columns = triton_slabs.slab_plan(8192, 128_256, 4096, True, 0)
+    assert (rows[0].stop, columns[0].stop) == (2048, 8192)

@@ -175,7 +175,12 @@ def shared_prefix_attention(
     if layout.dense:
         mask = layout.dense_mask(sliding_window, query.device)
         out = _plain(query, key, value, mask, scaling, dropout, **special)
-    elif softcap is None and s_aux is None and dropout == 0 and _has_varlen(query, value):
+    elif (
+        softcap is None
+        and s_aux is None
+        and dropout == 0
+        and _has_varlen(query, value, sliding_window)
+    ):
         out = _varlen(query, key, value, layout, scaling, sliding_window)
     else:
         parts = []
@@ -253,24 +258,33 @@ def _plain(
     return F.dropout(weights.to(q.dtype), dropout, dropout > 0) @ v
 
 
-def _varlen_function() -> Callable | None:
+def _varlen_function() -> tuple[Callable | None, frozenset[str]]:
+    """torch's variable-length attention, and which of its later options this torch has: 2.10 only `is_causal`, 2.11
+    `scale` and `window_size`, 2.12 `enable_gqa` too."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= known.keys() else None
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-_VARLEN = _varlen_function()
+_VARLEN, _VARLEN_OPTIONS = _varlen_function()
 
 
-def _has_varlen(query: Tensor, value: Tensor) -> bool:
+def _cast_dtype(query: Tensor) -> torch.dtype:
+    """Inside autocast attention runs in its dtype, as torch's own does."""
+    device = query.device.type
+    inside = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if inside else query.dtype
+
+
+def _has_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
     return (
         _VARLEN is not None
+        and (window is None or "window_size" in _VARLEN_OPTIONS)
         and query.device.type == "cuda"
         and torch.version.hip is None
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and _cast_dtype(query) in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -285,19 +299,25 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     index, cu_q, cu_k, most_q, most_k = layout.gathered(query.device)
-    out = _VARLEN(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[index],
-        value[0].transpose(0, 1)[index],
-        cu_q,
-        cu_k,
-        most_q,
-        most_k,
-        scale=scaling,
-        # causal, the last query at the last key; a window counts keys besides the query's own
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
-    )
+    dtype = _cast_dtype(query)
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    k, v = k[index], v[index]
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    else:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
+    if "scale" in _VARLEN_OPTIONS:
+        options["scale"] = scaling
+    elif scaling != (usual := q.shape[-1] ** -0.5):
+        q = q * (scaling / usual)
+    # causal, the last query at the last key; a window counts keys besides the query's own
+    if "window_size" in _VARLEN_OPTIONS:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    out = _VARLEN(q, k, v, cu_q, cu_k, most_q, most_k, **options)
     return out.transpose(0, 1).unsqueeze(0)
 
 

@@ -1,6 +1,7 @@
 """Three responses that share their prompt give what three separate rows give; where not, it is noticed."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -378,33 +379,56 @@ def test_a_packed_row_needs_an_attention_that_understands_it():
         ResponseForward(log=print)(model, model, SharedPrefixCollator()(ragged()))
 
 
-def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
     """Variable-length attention as it is documented: causal and bottom-right aligned, left window."""
-    assert enable_gqa and window_size[1] == 0
     outs = []
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         assert b - a <= max_q and d - c <= max_k
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
         distance = torch.arange(d - c) - (torch.arange(b - a) + (d - c) - (b - a))[:, None]
         seen = distance <= 0
-        if window_size[0] >= 0:
-            seen &= distance >= -window_size[0]
+        if window >= 0:
+            seen &= distance >= -window
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, v[c:d]))
     return torch.cat(outs)
 
 
+def varlen_2_12(q, k, v, *lengths, scale, window_size, enable_gqa):
+    assert enable_gqa and window_size[1] == 0
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return varlen(q, k, v, *lengths, scale, window_size[0])
+
+
+def varlen_2_11(q, k, v, *lengths, scale, window_size):
+    assert window_size[1] == 0 and k.shape[1] == q.shape[1]
+    return varlen(q, k, v, *lengths, scale, window_size[0])
+
+
+def varlen_2_10(q, k, v, *lengths, is_causal):
+    assert is_causal and k.shape[1] == q.shape[1]
+    return varlen(q, k, v, *lengths, q.shape[-1] ** -0.5, -1)
+
+
+@pytest.mark.parametrize("stand_in", [varlen_2_10, varlen_2_11, varlen_2_12])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-def test_variable_length_attention_gets_the_right_pieces(family, monkeypatch):
-    """The way to flash attention on a GPU, with a stand-in for its kernel."""
+def test_variable_length_attention_gets_the_right_pieces(family, stand_in, monkeypatch):
+    """The way to flash attention on a GPU, with a stand-in for the kernel of each torch."""
+    options = frozenset(inspect.signature(stand_in).parameters)
     model = with_lora(double_model(family))
     rows = ragged()
     expected = shared_logps(model, rows)
     expected_gradients = backward(model, expected)
-    monkeypatch.setattr(shared_prefix, "_has_varlen", lambda q, v: True)
-    monkeypatch.setattr(shared_prefix, "_VARLEN", fake_varlen)
+    calls = []
+    monkeypatch.setattr(
+        shared_prefix, "_has_varlen", lambda q, v, w: w is None or "window_size" in options
+    )
+    monkeypatch.setattr(
+        shared_prefix, "_VARLEN", lambda *a, **k: calls.append(1) or stand_in(*a, **k)
+    )
+    monkeypatch.setattr(shared_prefix, "_VARLEN_OPTIONS", options)
     found = shared_logps(model, rows)
+    assert calls or (family, stand_in) == ("mistral", varlen_2_10)  # windows on every layer
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     for name, gradient in backward(model, found).items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-9, atol=1e-9)

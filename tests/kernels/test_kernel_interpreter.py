@@ -18,9 +18,9 @@ import pytest
 SHAPES = [
     (1, 1, 16, None),
     (3, 2, 5, [1, 0, 2]),
-    (37, 5003, 17, [0, 0, 5, 15, 17, 0]),
-    (5, 2048, 64, [5]),  # whole slabs only
-    (140, 523, 1100, [139, 1]),  # several blocks of rows, H more than one BLOCK_H
+    (19, 803, 17, [0, 0, 5, 10, 4, 0]),
+    (5, 1024, 64, [5]),  # whole slabs only
+    (34, 261, 1100, [33, 1]),  # several blocks of rows, H more than one BLOCK_H
 ]
 OPTIONS = [
     {},
@@ -156,11 +156,11 @@ def part_blocks(torch):
 
     from bapo_kernels import triton_slabs
 
-    case = make_case(600, 1100, 32, dtype=torch.float16, bias=True)
+    case = make_case(50, 1100, 32, dtype=torch.float16, bias=True)
     names = ("hidden_states", "lm_head_weight", "bias", "labels")
     args = [*(case[n] for n in names), 0.5, 5.0, True, True]
     whole = triton_slabs.forward(*args)
-    for budget in (1, 60_000, 300_000):
+    for budget in (1, 30_000, 100_000):
         parts = triton_slabs.forward(*args, budget)
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(
@@ -248,12 +248,11 @@ def part_kl(torch):
     from bapo_kernels import sequence_kl
     from bapo_kernels.reference import sequence_kl_reference
 
-    shapes = [(1, 1, 4, None), (5, 257, 8, [2, 0, 3]), (18, 1300, 24, [16, 2]), (2, 300, 1100, [2])]
+    shapes = [(1, 1, 4, None), (5, 257, 8, [2, 0, 3]), (17, 1030, 24, [15, 2]), (2, 300, 1100, [2])]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     found = []
-    for shape, dtype, options, moved in itertools.product(
-        shapes, dtypes, OPTIONS, (1.0, 1e-2, 0.0)
-    ):
+    every = itertools.product(shapes, dtypes, (OPTIONS[0], OPTIONS[-1]), (1.0, 1e-2))
+    for shape, dtype, options, moved in [*every, (shapes[1], dtypes[0], {}, 0.0)]:
         options = dict(options)
         case = make_case(*shape, dtype=dtype, bias=options.pop("bias", False))
         del case["labels"]

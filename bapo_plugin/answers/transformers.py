@@ -219,8 +219,9 @@ class _Counted(StoppingCriteria):
 
 @contextmanager
 def autocast(model: Any):
-    """As in training: 16-bit weights with norms kept in fp32 need it."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    """As in training: 16-bit weights with norms kept in fp32 need it. What 4-bit weights are packed into says nothing."""
+    plain = (p for p in model.parameters() if getattr(p, "quant_state", None) is None)
+    dtypes = {p.dtype for p in plain if p.is_floating_point()}
     half = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
     enabled = half is not None and len(dtypes) > 1
     with torch.autocast(model.device.type, dtype=half, enabled=enabled):

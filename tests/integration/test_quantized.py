@@ -7,6 +7,8 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from tiny import make_model, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bapo_plugin.answers.transformers import autocast
+
 pytest.importorskip("bitsandbytes")
 
 
@@ -19,11 +21,14 @@ def saved(tmp_path_factory):
     return path
 
 
-def nf4_model(path):
+def nf4_model(path, **settings):
     from helpers import fresh_lora
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        **settings,
     )
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization, dtype=torch.float32
@@ -58,3 +63,15 @@ def test_reference_is_the_quantised_model_and_training_moves_the_policy(tmp_path
         entry["drift/chosen"] for entry in trainer.state.log_history if "drift/chosen" in entry
     ]
     assert drift[0] == pytest.approx(0, abs=1e-4) and abs(drift[-1]) > 1e-3
+
+
+def test_the_storage_of_4_bit_weights_is_no_reason_for_autocast(saved):
+    """axolotl packs them into bf16 (FSDP wants that); a run in fp32 must be answered and evaluated in fp32."""
+    model = nf4_model(saved, bnb_4bit_quant_storage=torch.bfloat16)
+    assert torch.bfloat16 in {p.dtype for p in model.parameters()}
+    with autocast(model):
+        assert not torch.is_autocast_enabled("cpu")
+    model.get_input_embeddings().to(torch.bfloat16)
+    with autocast(model):
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16

@@ -169,7 +169,7 @@ def bapo_loss(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    anchor_weight: float | Tensor = 0.03,
+    anchor_weight: float | Tensor = 0.1,
     anchor_loss: str = "hinge",
     anchor_reduction: str = "sum",
     anchor_placement: str = "additive",

@@ -91,7 +91,7 @@ METHODS: dict[str, dict] = {
     "BAPO hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
     "BAPO kl 0.1 + keep 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1, "keep": 0.1},
 }  # fmt: skip
-DEFAULT = "BAPO hinge 0.03"
+DEFAULT = "BAPO hinge 0.1"
 
 
 class Bench:

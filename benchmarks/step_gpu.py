@@ -224,7 +224,7 @@ class Bench:
         logps = self.forward(self.model, self.model, batch).logps
         policy = ResponseLogps(*logps.view(3, -1))
         reference = ResponseLogps(*torch.full_like(logps, -50.0).view(3, -1))
-        return bapo_loss(policy, reference, anchor_weight=0.03).loss.mean()
+        return bapo_loss(policy, reference, anchor_weight=0.1).loss.mean()
 
     def step(self, variant: str, batch: dict) -> float:
         """Seconds."""

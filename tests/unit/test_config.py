@@ -15,7 +15,7 @@ GOOD = {
 
 def test_defaults():
     config = check_config(GOOD)
-    assert (config.anchor_weight, config.anchor_loss) == (0.03, "hinge")
+    assert (config.anchor_weight, config.anchor_loss) == (0.1, "hinge")
     budget = parse_block({"anchor_weight": "auto"})
     assert (budget.drift_limit, budget.anchor_loss) == (DRIFT_LIMIT, "kl")
     assert parse_block({"anchor_weight": "auto", "anchor_loss": "hinge"}).anchor_loss == "hinge"

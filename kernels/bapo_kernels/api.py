@@ -163,6 +163,7 @@ def sequence_kl(
         None if logit_softcap is None else float(logit_softcap),
         chunk_bytes or 0,
         backend,
+        hidden_states.requires_grad and torch.is_grad_enabled(),
     )
     return SequenceKL(sums, token_kl)
 

@@ -50,8 +50,8 @@ class SequenceDivergence(torch.autograd.Function):
         softcap: float | None,
         chunk_bytes: int,
         backend: str,
+        need_unit: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_unit = ctx.needs_input_grad[0]
         compute, add_up = forward, _sum_by_sequence
         if takes_triton(backend, hidden):
             from bapo_kernels import triton_divergence, triton_slabs
@@ -72,11 +72,11 @@ class SequenceDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor | None, _: Any) -> tuple:
         unit, size, cu_seqlens = ctx.saved_tensors
         if grad_sum is None:
-            return (None,) * 9
+            return (None,) * 10
         sequence = segment_ids(cu_seqlens, unit.shape[0]).clamp_max(grad_sum.shape[0] - 1)
         # the factor meets the loss's own before it is rounded: in fp16 it may be far below 6e-8
         factor = (size * grad_sum[sequence]).unsqueeze(1)
-        return torch.mul(unit, factor, out=torch.empty_like(unit)), *(None,) * 8
+        return torch.mul(unit, factor, out=torch.empty_like(unit)), *(None,) * 9
 
 
 def forward(

@@ -79,7 +79,11 @@ def variants() -> list[Variant]:
                 warps = {"num_warps": triton_slabs.num_warps(block)}
                 text = f"{options}, {block}"
                 found.append(Variant("slab", dtype, text, triton_slabs.slab_kernel, each, warps))
-            closing = {**constants, "NEED_GRAD": True}
+            closing = {
+                **constants,
+                "NEED_GRAD": True,
+                "stride_width": 1,
+            }  # a launch makes 1 constant
             del closing["HAS_BIAS"]
             found.append(Variant("close", dtype, options, triton_slabs.close_kernel, closing, {}))
             del constants["NEED_ENTROPY"]

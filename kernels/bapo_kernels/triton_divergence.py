@@ -75,6 +75,7 @@ def kl_kernel(
     terms = tl.where(inside, g - p_ref * d, 0.0)
 
     state += row
+    # before the reduction, whose barrier keeps these from the stores below: one thread stores for all
     size = tl.load(state, mask=first > 0, other=0.0)
     mass = tl.load(state + stride_state, mask=first > 0, other=0.0)
     kl = tl.load(state + 2 * stride_state, mask=first > 0, other=0.0)
@@ -143,7 +144,6 @@ def forward(
     token_kl = empty(total, dtype=torch.float32)
     unit = empty(total if need_unit else 0, width)
     size = empty(total if need_unit else 0, dtype=torch.float32)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     any_label = torch.zeros(total, dtype=torch.int64, device=hidden.device)
     lse, reference_lse = (

@@ -51,7 +51,7 @@ def finish(peak, mass, spread, z_label):
     # p = 0 and q = 0 meet logs of -inf: 0 * -inf must be 0
     entropy = tl.where(p > 0, -p * logp, 0.0)
     entropy += tl.where(q > 0, q * (log_mass - spread / mass - log_q), 0.0)
-    return logp, q, z_label - logp, entropy
+    return logp, q, tl.maximum(others, z_label) + log1p, entropy
 
 
 @triton.jit

@@ -89,12 +89,13 @@ def slab_kernel(
         tl.store(state + 3 * stride_state, z_label)
 
     z_others = tl.where(inside & (lanes != label), z, float("-inf"))
-    top = tl.max(z_others, 0)
+    # before the reduction, whose barrier keeps these from the stores below: one thread stores for all
     peak = tl.load(state, mask=first > 0, other=LOWEST)
     mass = tl.load(state + stride_state, mask=first > 0, other=0.0)
     spread = 0.0
     if NEED_ENTROPY:
         spread = tl.load(state + 2 * stride_state, mask=first > 0, other=0.0)
+    top = tl.max(z_others, 0)
     if top > peak + RISE:
         shrink = tl.exp(peak - top)
         if NEED_ENTROPY:
@@ -135,6 +136,7 @@ def close_kernel(
     V,
     H,
     stride_weight,
+    stride_width,
     stride_state,
     scale,
     softcap,
@@ -167,7 +169,7 @@ def close_kernel(
         weight += tl.where(known, label, 0) * stride_weight
         for start in range(0, H, BLOCK_H):
             at = start + tl.arange(0, BLOCK_H)
-            w = tl.load(weight + at, mask=at < H, other=0.0).to(tl.float32)
+            w = tl.load(weight + at * stride_width, mask=at < H, other=0.0).to(tl.float32)
             mean = tl.load(sums + row * H + at, mask=at < H, other=0.0) / mass
             tl.store(unit + row * H + at, (slope * w - mean).to(unit.dtype.element_ty), mask=at < H)
 
@@ -246,7 +248,7 @@ def forward(
     unit = empty(total if need_unit else 0, width)
     size = empty(total if need_unit else 0, dtype=torch.float32)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    labels = labels.contiguous()
 
     plain = bias is None and softcap is None and not need_entropy
     most_columns = MAX_COLUMNS if plain else MAX_COLUMNS_WITH_OPTIONS
@@ -307,6 +309,7 @@ def forward(
                 vocabulary,
                 width,
                 weight.stride(0),
+                weight.stride(1),
                 rows,
                 scale,
                 cap,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import make_case, to_fp64
 
-from bapo_kernels import sequence_kl
+from bapo_kernels import divergence, sequence_kl
 from bapo_kernels.reference import sequence_kl_reference
 
 OPTIONS = [{}, {"bias": True}, {"bias": True, "logit_softcap": 3.0, "logit_scale": 1.7}]
@@ -109,3 +109,15 @@ def test_refusals(change, match):
     case = kl_case((6, 257, 8, None), torch.float32, 0.1)
     with pytest.raises(ValueError, match=match):
         sequence_kl(**change(case))
+
+
+def test_no_gradient_work_without_a_gradient(monkeypatch):
+    asked = []
+    original = divergence.forward
+    monkeypatch.setattr(divergence, "forward", lambda *a: asked.append(a[6]) or original(*a))
+    case = kl_case((5, 257, 8, None), torch.float32, 1.0)
+    case["hidden_states"].requires_grad_()
+    sequence_kl(**case)
+    with torch.no_grad():
+        sequence_kl(**case)
+    assert asked == [True, False]

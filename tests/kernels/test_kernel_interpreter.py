@@ -29,7 +29,18 @@ OPTIONS = [
     {"logit_scale": 0.3},
     {"bias": True, "logit_softcap": 3.0, "logit_scale": 1.7},
 ]
-PARTS = ["forward", "gradient", "rises", "confident", "blocks", "masked", "nan", "poison", "kl"]
+PARTS = [
+    "forward",
+    "gradient",
+    "rises",
+    "confident",
+    "blocks",
+    "masked",
+    "nan",
+    "poison",
+    "kl",
+    "layout",
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
@@ -273,6 +284,48 @@ def part_kl(torch):
         allowed = {torch.float32: 4e-5 / max(moved, 1e-3)}.get(dtype, 3e-2)
         error = (grad.double() - true_grad).norm(dim=1)
         assert (error <= allowed * true_grad.norm(dim=1) + 1e-12).all(), f"{where}: {error.max()}"
+        found.append(ours)
+    return found
+
+
+def part_layout(torch):
+    """Strides of every input; log-sum-exps beside a label whose logit is far below all others."""
+    from kernel_cases import make_case, to_fp64
+    from test_kernel_divergence import run
+
+    from bapo_kernels import sequence_kl, sequence_logprobs
+    from bapo_kernels.reference import sequence_kl_reference
+
+    found = []
+    case = make_case(10, 600, 16, [4, 6], bias=True)
+    strided = {
+        "hidden_states": case["hidden_states"].t().contiguous().t(),
+        "lm_head_weight": case["lm_head_weight"].t().contiguous().t(),
+        **{n: case[n].repeat_interleave(2)[::2] for n in ("labels", "bias", "cu_seqlens")},
+    }
+    assert not any(t.is_contiguous() for t in strided.values())
+    results = []
+    for each, backend in ((case, "torch"), (strided, "triton")):
+        leaf = each["hidden_states"].detach().requires_grad_()
+        sums = sequence_logprobs(**{**each, "hidden_states": leaf}, backend=backend).sum
+        results.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaf)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-5)
+    same = {**case, "labels": case["labels"][:1].expand(10)}
+    a, b = (sequence_logprobs(**same, backend=k).sum for k in ("torch", "triton"))
+    torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-5)
+
+    for bias in (-100.0, -1e9):
+        case = make_case(10, 600, 16, [4, 6], bias=True)
+        case["bias"][0] = bias
+        del case["labels"]
+        noise = torch.randn(10, 16, generator=torch.Generator().manual_seed(1))
+        case["reference_hidden_states"] = case["hidden_states"] + 0.01 * noise
+        weights = torch.ones(2)
+        truth, true_grad = run(sequence_kl_reference, to_fp64(case), weights)
+        ours, grad = run(sequence_kl, case, weights, backend="triton")
+        torch.testing.assert_close(ours.token_kl.double(), truth.token_kl, atol=1e-7, rtol=1e-3)
+        assert (grad - true_grad).norm() <= 2e-3 * true_grad.norm()
         found.append(ours)
     return found
 

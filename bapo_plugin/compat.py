@@ -4,11 +4,23 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-# private in TRL, the same in 1.9 and 1.14: sends a call through the wrapper's forward (DDP, FSDP,
-# DeepSpeed), so that gradient synchronisation and parameter gathering happen
-from trl.models.utils import _ForwardRedirection as ForwardRedirection
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+try:
+    # private in TRL, the same in 1.9 and 1.14: sends a call through the wrapper's forward (DDP, FSDP,
+    # DeepSpeed), so that gradient synchronisation and parameter gathering happen
+    from trl.models.utils import _ForwardRedirection as ForwardRedirection
+    from trl.models.utils import disable_gradient_checkpointing
+    from trl.trainer.utils import use_adapter
+except (
+    ImportError
+):  # a bare machine with a GPU, for benchmarks/GPU.md: models there are not wrapped
+    disable_gradient_checkpointing = use_adapter = None
+
+    class ForwardRedirection:
+        def __call__(self, wrapper: Any, model: Any, function: Callable, **inputs: Any) -> Any:
+            if wrapper is not model:
+                raise ImportError("a model that is wrapped (DDP, FSDP, DeepSpeed) needs TRL")
+            return function(**inputs)
+
 
 __all__ = [
     "ForwardRedirection",

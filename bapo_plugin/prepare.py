@@ -12,12 +12,12 @@ from datasets import Dataset
 from bapo_plugin.answers.prompts import Chat, held_out_answers, read_prompts
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.preparation import KEEP, Preparation
+from bapo_plugin.rows.columns import TEXTS
 from bapo_plugin.rows.table import (
     kept_among,
     overlap,
     split_by_prompt,
 )
-from bapo_plugin.rows.tokens import TEXTS
 
 LOG = get_logger("axolotl." + __name__)
 

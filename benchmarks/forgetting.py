@@ -549,22 +549,20 @@ def verdict(rows: list[dict], first: str) -> str:
             lines.append(f"At matched {key}, DPO lost nothing in any run")
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        if row["persona"] == first and row["method"].startswith("BAPO"):
+        if row["persona"] == first:
             groups.setdefault(row["method"], []).append(row)
-    near = {
-        method: statistics.mean(row["margin"] for row in group)
-        for method, group in groups.items()
-        if abs(statistics.mean(row["drift_nats"] for row in group)) <= 2
-    }
-    if near:
-        best = max(near, key=near.get)
-        lines.append(
-            f"Fastest learning with a mean drift within 2 nats of zero ({first}): {best}, margin {near[best]:.1f} nats; "
-            f"the default ({DEFAULT}): "
-            + (f"{near[DEFAULT]:.1f}" if DEFAULT in near else "not within")
-        )
-    elif groups:
-        lines.append(f"No form of BAPO stays within 2 nats of zero on {first}")
+
+    def mean(method: str, key: str) -> float:
+        return statistics.mean(row[key] for row in groups[method])
+
+    if "DPO" in groups:
+        least = mean("DPO", "preference_accuracy") - 0.02
+        near = [
+            f"{method} (drift {mean(method, 'drift_nats'):+.1f} nats, KL {mean(method, 'kl'):.3f})"
+            for method in sorted(groups, key=lambda m: -mean(m, "drift_nats"))
+            if mean(method, "preference_accuracy") >= least
+        ]
+        lines.append(f"Within 2 points of DPO's accuracy ({first}): {', '.join(near)}")
     return "\n".join(lines)
 
 
@@ -578,13 +576,15 @@ def plot(rows: list[dict], personas: list[str], stem: str) -> None:
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     dpo_color, bapo_color, grey = "#b3502b", "#1f6f8b", "#8a8a8a"
 
+    present = {row["method"] for row in rows}
+
     def style(method: str) -> tuple[str, str, int]:
         if method == "DPO":
             return dpo_color, "o", 3
         if method == DEFAULT:
             return bapo_color, "o", 3
         color = bapo_color if method.startswith("BAPO") else dpo_color
-        others = [m for m in METHODS if m not in ("DPO", DEFAULT)]
+        others = [m for m in METHODS if m in present and m not in ("DPO", DEFAULT)]
         return color, "sv^DPX<>hHdp*81"[others.index(method)], 2
 
     first = personas[0]

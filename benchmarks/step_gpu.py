@@ -4,8 +4,8 @@
     python benchmarks/step_gpu.py --shapes llama3-8b --nf4        # QLoRA, where bitsandbytes is there
 
 Random weights in the shapes of real models, LoRA r = 16 on all linear layers, bf16, gradient checkpointing
-where --checkpointing says so. Needs torch, transformers, peft, trl and their needs, no axolotl. One process,
-variants take turns, medians; forward, loss and backward of a micro-batch; the optimiser is left out.
+where --checkpointing says so. Needs torch, transformers and peft; trl and datasets for the baselines, liger-kernel and
+bitsandbytes where they are asked for. One process, variants take turns, medians; forward, loss and backward of a micro-batch; the optimiser is left out.
 
   trl_dpo      TRL's DPOTrainer with its default: the reference is computed in every step
   trl_cached   the same with precomputed reference log-probs

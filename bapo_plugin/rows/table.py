@@ -11,8 +11,9 @@ import numpy as np
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
+from bapo_plugin.rows.columns import IDS
 from bapo_plugin.rows.errors import report_rows
-from bapo_plugin.rows.tokens import IDS, READY
+from bapo_plugin.rows.tokens import READY
 from bapo_plugin.store import write_whole
 
 LOG = get_logger("axolotl." + __name__)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bapo_plugin.rows.columns import IDS
 from bapo_plugin.rows.conversation import read_flag
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.template import RenderedRow
-from bapo_plugin.rows.tokens import IDS, Encoder, prepare_batch
+from bapo_plugin.rows.tokens import Encoder, prepare_batch
 
 
 class TextRows:

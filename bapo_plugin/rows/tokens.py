@@ -8,13 +8,11 @@ from typing import Any, Literal
 from datasets import Features, Value
 from datasets import Sequence as SequenceOf
 
+from bapo_plugin.rows.columns import IDS, RESPONSES, TEXTS
 from bapo_plugin.rows.ends import common_prefix, special_texts
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.template import RenderedRow
 
-RESPONSES = ("chosen", "rejected", "base")
-TEXTS = ("prompt", *RESPONSES)
-IDS = tuple(f"{name}_ids" for name in TEXTS)
 _MARKS = ("ask", "words", "row_hash", "length", "problem", "notice")
 # of `prepare_batch`; given to `map` because it would keep the source's type for a column of the same name
 FEATURES = Features(

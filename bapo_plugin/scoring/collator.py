@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from bapo_plugin.rows.tokens import IDS, RESPONSES
+from bapo_plugin.rows.columns import IDS, RESPONSES
 from bapo_plugin.scoring.shared_prefix import Layout, Segment
 
 # column of a row: its number among all rows that a trainer knows. A batch brings it to the loss, where what is known

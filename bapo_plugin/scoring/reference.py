@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
 from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
-from bapo_plugin.rows.tokens import IDS, RESPONSES
+from bapo_plugin.rows.columns import IDS, RESPONSES
 from bapo_plugin.store import Store
 
 COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats

@@ -6,7 +6,7 @@ import torch
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
-from bapo_plugin.rows.tokens import IDS
+from bapo_plugin.rows.columns import IDS
 from bapo_plugin.scoring.collator import ROW, packs_of
 from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.rows import refuse_empty

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bapo_plugin.loss import BAPOLoss, ResponseLogps
-from bapo_plugin.rows.tokens import RESPONSES
+from bapo_plugin.rows.columns import RESPONSES
 
 
 def row_metrics(

@@ -7,7 +7,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from transformers import TrainerCallback
 
-from bapo_plugin.rows.tokens import RESPONSES
+from bapo_plugin.rows.columns import RESPONSES
 from bapo_plugin.scoring.collator import KEPT, ROW
 from bapo_plugin.training.objective import Terms
 

@@ -14,7 +14,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
 
-from bapo_plugin.rows.tokens import RESPONSES
+from bapo_plugin.rows.columns import RESPONSES
 from bapo_plugin.scoring.collator import ROW, num_rows
 from bapo_plugin.scoring.reference import (
     COLUMN,

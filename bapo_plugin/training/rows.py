@@ -8,10 +8,11 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from bapo_plugin.answers.stops import named_stops
+from bapo_plugin.rows.columns import IDS, TEXTS
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.table import Faults, finish
 from bapo_plugin.rows.texts import TextRows
-from bapo_plugin.rows.tokens import FEATURES, IDS, TEXTS, Encoder, prepare_batch
+from bapo_plugin.rows.tokens import FEATURES, Encoder, prepare_batch
 
 
 def tokenized(dataset: Dataset, tokenizer: Any, args: Any, dataset_name: str) -> Dataset:

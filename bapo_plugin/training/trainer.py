@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 from bapo_plugin.config import BAPOConfig, parse_block
-from bapo_plugin.rows.tokens import IDS
+from bapo_plugin.rows.columns import IDS
 from bapo_plugin.scoring.collator import (
     ROW,
     PaddedCollator,

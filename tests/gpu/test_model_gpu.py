@@ -1,6 +1,6 @@
 """What only a card can show of a model's forward: flash attention over packed rows, 16 bits, equality at step 1.
 
-`pytest -m gpu tests/gpu/test_model_gpu.py` needs torch, transformers, peft and TRL, but not axolotl.
+`pytest -m gpu tests/gpu/test_model_gpu.py` needs torch, transformers and peft.
 """
 
 import copy
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-pytest.importorskip("trl")
 
 ROOT = Path(__file__).parents[2]
 for folder in (ROOT, ROOT / "kernels", ROOT / "tests"):

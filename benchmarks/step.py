@@ -35,6 +35,7 @@ import torch
 from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from step_gpu import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
@@ -47,28 +48,6 @@ from bapo_plugin.scoring.reference import COLUMN
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "yaml_examples/demo/personal_styles.jsonl"
 VARIANTS = ("trl_dpo", "trl_rows", "bapo_padded", "bapo_shared")
-SHAPES = {
-    "llama3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "qwen3-1.7b": {
-        "model_type": "qwen3",
-        "vocab_size": 151_936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "head_dim": 128,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 def fixed_rows(prompt, response, count, vocabulary):

@@ -185,7 +185,7 @@ def part_nan(torch):
     """One NaN or infinity reaches its rows as NaN, wherever it stands: never a plausible number."""
     from kernel_cases import make_case
 
-    from bapo_kernels import sequence_logprobs
+    from bapo_kernels import sequence_kl, sequence_logprobs
 
     ran = []
     places = {
@@ -212,6 +212,20 @@ def part_nan(torch):
             assert not truth.isfinite().all(), text
             assert torch.equal(found.isfinite(), truth.isfinite()), text
             ran.append(found)
+
+    for name, at in (
+        *(("hidden_states", (3, 2)), ("reference_hidden_states", (3, 2)), ("bias", (-1,))),
+        *(("lm_head_weight", (0, 2)), ("lm_head_weight", (-1, 0))),
+    ):
+        case = make_case(5, 700, 16, [3, 2], bias=True)
+        del case["labels"]
+        case["reference_hidden_states"] = case["hidden_states"] + 0.1
+        case[name] = case[name].clone()
+        case[name][at] = torch.nan
+        truth, found = (sequence_kl(**case, backend=b).token_kl for b in ("torch", "triton"))
+        assert not truth.isfinite().all()
+        assert torch.equal(found.isnan(), truth.isnan()), f"{name}{at}: {found} not {truth}"
+        ran.append(found)
     return ran
 
 

@@ -7,10 +7,10 @@
 VENV ?= .venv
 MODELS ?= .models
 TESTS ?= tests
-# processes that the tests are spread over, file by file; together they use all cores
+# processes that the tests are spread over; together they use all cores
 WORKERS ?= 2
 CORES = $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo $(WORKERS))
-SPREAD = OMP_NUM_THREADS=$$(( ($(CORES) + $(WORKERS) - 1) / $(WORKERS) )) python -m pytest -n $(WORKERS) --dist loadfile
+SPREAD = OMP_NUM_THREADS=$$(( ($(CORES) + $(WORKERS) - 1) / $(WORKERS) )) python -m pytest -n $(WORKERS) --dist worksteal
 DEEPSPEED_TESTS ?= -m "not gpu"
 export PYTHON
 export AXOLOTL_DO_NOT_TRACK = 1

@@ -614,7 +614,7 @@ def test_a_reference_model_of_its_own_shares_too(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_smollm2(smollm2, tmp_path, kind):
     """The real model: in fp32 the same numbers; in 16 and 4 bits within its rounding, and no worse
     than padding."""

@@ -41,10 +41,14 @@ PARTS = [
     "kl",
     "layout",
 ]
+# the same kernels as in "gradient"
+SLOW = ("forward", "blocks")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PARTS]
+)
 def test_against_fp64(part):
     root = Path(__file__).parents[2]
     paths = [str(root / "kernels"), os.environ.get("PYTHONPATH", "")]

@@ -10,9 +10,8 @@ try:
     from trl.models.utils import _ForwardRedirection as ForwardRedirection
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
-except (
-    ImportError
-):  # a bare machine with a GPU, for benchmarks/GPU.md: models there are not wrapped
+except ImportError:
+    # a bare machine with a GPU, for benchmarks/GPU.md: models there are not wrapped
     disable_gradient_checkpointing = use_adapter = None
 
     class ForwardRedirection:

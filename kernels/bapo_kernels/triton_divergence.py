@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bapo_kernels import triton_slabs
 from bapo_kernels.torch_tiles import has_mixed_gemm
-from bapo_kernels.triton_math import cap_logits, cap_slope, expm1
+from bapo_kernels.triton_math import cap_logits, cap_slope, expm1, scale_row
 
 # registers: two logits a lane
 MAX_COLUMNS = 8192
@@ -83,10 +83,7 @@ def kl_kernel(
     if top > size * STEP:
         shrink = size / top
         if (need_grad != 0) & (mass > 0):
-            for start in range(0, H, BLOCK_H):
-                at = start + tl.arange(0, BLOCK_H)
-                there = sums + row * H + at
-                tl.store(there, shrink * tl.load(there, mask=at < H, other=0.0), mask=at < H)
+            scale_row(sums + row * H, shrink, H, BLOCK_H)
         mass *= shrink
         size = top
     g /= tl.where(size == 0, 1.0, size)

@@ -60,3 +60,11 @@ def expm1(x):
     series = 1.0 + x * (1.0 / 5.0) * (1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0)))
     series = x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * (1.0 + x * 0.25 * series)))
     return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def scale_row(row, factor, H, BLOCK_H: tl.constexpr):
+    """row[:H] *= factor, in memory."""
+    for start in range(0, H, BLOCK_H):
+        at = start + tl.arange(0, BLOCK_H)
+        tl.store(row + at, factor * tl.load(row + at, mask=at < H, other=0.0), mask=at < H)

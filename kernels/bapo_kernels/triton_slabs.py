@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bapo_kernels.torch_tiles import even_blocks, has_mixed_gemm, operand
-from bapo_kernels.triton_math import LOWEST, cap_logits, cap_slope, finish
+from bapo_kernels.triton_math import LOWEST, cap_logits, cap_slope, finish, scale_row
 
 # Logits of a slab: 64 MiB in fp32. On an H100, blocks of [2048, 8192] were faster than any other.
 MAX_ROWS = 2048
@@ -101,10 +101,7 @@ def slab_kernel(
         if NEED_ENTROPY:
             spread = shrink * (spread + (peak - top) * mass)
         if (need_grad != 0) & (mass > 0):
-            for start in range(0, H, BLOCK_H):
-                at = start + tl.arange(0, BLOCK_H)
-                there = sums + row * H + at
-                tl.store(there, shrink * tl.load(there, mask=at < H, other=0.0), mask=at < H)
+            scale_row(sums + row * H, shrink, H, BLOCK_H)
         mass *= shrink
         peak = top
 

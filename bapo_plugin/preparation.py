@@ -79,6 +79,7 @@ class Preparation:
             self.splits[KEEP] = [self._opening.prompts_to_keep(self.bapo.keep.prompts)]
         self._keep = not cfg.skip_prepare_dataset
         self._contents: dict[int, str] = {}
+        self._file_lock = FileLock(str(self.folder / ".bapo-rows.lock"))  # can be taken again while held
 
     # ------------------------------------------------------------ stages
 
@@ -124,9 +125,10 @@ class Preparation:
             for i, source in enumerate(sources):
                 path = self._path(split, i)
                 if keep and self._keep:
-                    if not path.exists():
-                        _save(self._render(source), path)
-                    rows = load_from_disk(str(path))
+                    with self._lock():  # whoever comes later takes what is there
+                        if not path.exists():
+                            _save(self._render(source), path)
+                        rows = load_from_disk(str(path))
                 else:
                     rows = self._render(source)
                 rows = faults.take(source.name, rows, len(source.rows))
@@ -272,7 +274,7 @@ class Preparation:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(self.folder / ".bapo-rows.lock")):
+        with self._file_lock:
             yield
 
     def _are_there(self, paths: Mapping[str, Path], fresh: bool = False) -> bool:

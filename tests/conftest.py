@@ -40,6 +40,8 @@ def _scratch(tmp_path, monkeypatch):
     """Caches of `datasets` go to the test's folder, and relative outputs land there too."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     yield
+    # a command of ours that ran in this process has set it; the next test's axolotl would be silent
+    os.environ.pop("AXOLOTL_LOG_LEVEL", None)
     if accelerate := sys.modules.get("accelerate.state"):
         # shared by all trainers of a process; a loader that an earlier test left would count as active
         accelerate.GradientState._reset_state()

@@ -14,6 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bapo_plugin import __version__
+from bapo_plugin.network import report_to_nobody, stay_offline
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -22,10 +25,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"axolotl-plugin-bapo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
-    # a command of ours reports to nobody
-    os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    report_to_nobody()
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration
 
 
@@ -53,13 +68,15 @@ def anchors(
 
     CONFIG: the YAML of the training run.
 
-    What was made before is reused; an interrupted run goes on. Nothing is sent anywhere, except to the
-    server that `bapo.anchors.server` names.
+    What was made before is reused; an interrupted run goes on. Nothing is reported to anybody, and
+    no hub is asked where model and data are files. Prompts go nowhere but to the server that
+    `bapo.anchors.server` names.
     """
     if output and output.suffix not in (".jsonl", ".parquet"):
         _fail(f"--output: {output} must end in .jsonl or .parquet")
     if output and not output.parent.is_dir():
         _fail(f"--output: there is no folder {output.parent}")
+    stay_offline([config])
     from bapo_plugin.commands.anchors import explain_anchors, write_anchors
 
     try:
@@ -80,7 +97,8 @@ def evaluate(
         list[Path],
         typer.Argument(
             help="YAML of a run (its adapter is that in output_dir), and folders of adapters of the same base "
-            "model, which get a column each."
+            "model, which get a column each.",
+            exists=True,
         ),
     ],
     prompts: Annotated[
@@ -147,12 +165,15 @@ def evaluate(
 
     Loads the model once, quantised as in training; with its adapter off it is the one before.
     Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
-    and subject. No hub is asked, unless a task or the YAML itself does.
+    and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
+    are files.
     """
+    names = [name for text in tasks or () for name in text.split(",") if name]
+    if not names or data:
+        stay_offline(targets)
     from bapo_plugin.evaluation.run import evaluate
     from bapo_plugin.evaluation.scaled import read_scales
 
-    names = [name for text in tasks or () for name in text.split(",") if name]
     try:
         paths = evaluate(
             targets,
@@ -177,7 +198,9 @@ def evaluate(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="output_dir of runs, of BAPO, DPO or other, finished or going on."),
+        typer.Argument(
+            help="output_dir of runs, of BAPO, DPO or other, finished or going on.", exists=True
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; figures go beside it as PNG.")

@@ -7,17 +7,22 @@ plugin does nothing.
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
 
 from bapo_plugin.config import TRAINER_CLS, is_active
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
+
+LOG = get_logger("axolotl." + __name__)
+_SECRET = re.compile(r"api_key|secret|password|access_key|hub_token")
 
 
 class BAPOPlugin(BasePlugin):
@@ -37,6 +42,11 @@ class BAPOPlugin(BasePlugin):
                 contradictions in one message.
         """
         if str(cfg.get("rl") or "").lower() != "bapo":
+            if cfg.get("bapo") and not is_active(cfg):
+                LOG.warning(
+                    f"bapo: has no effect with rl: {cfg.get('rl')}, which trains without an anchor; set rl: bapo, or remove "
+                    "the block"
+                )
             return
         from bapo_plugin import last_word
         from bapo_plugin.checks import check_config
@@ -118,7 +128,9 @@ def _as_written(cfg: Any) -> dict:
         for key, value in written.items()
         if isinstance(value, str | int | float) and cfg.get(key) is not None
     }
-    return written | changed | {"rl": "bapo", "bapo": written.get("bapo") or {}}
+    found = written | changed | {"rl": "bapo", "bapo": written.get("bapo") or {}}
+    # record, report and model card show it
+    return {key: value for key, value in found.items() if not _SECRET.search(key)}
 
 
 def _take_entry(entry: Any) -> dict[str, Any]:

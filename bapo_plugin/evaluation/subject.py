@@ -1,6 +1,5 @@
 """The model that `bapo eval` measures: loaded once, quantised as in training, with its adapters."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.evaluation.scaled import check_scalable
 from bapo_plugin.models import WHOLE, load_reference, reference_adapter
 from bapo_plugin.opening import template_date
-from bapo_plugin.training.callbacks import RECORD
+from bapo_plugin.runs import RECORD, check_adapter, recorded_config, unfinished
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -174,43 +173,14 @@ def _load(config: Any, name: str, folders: list[Path], scales: Sequence[float]) 
     return _with_adapters(model, tokenizer, adapters, scales, start, cfg)
 
 
-def recorded_config(folder: Path) -> dict[str, Any] | None:
-    """The YAML of the run that wrote a folder, or the folder above it (checkpoints); None where there is no record.
-
-    Names of files that were relative are taken from where the run was started.
-    """
-    for place in (folder.resolve(), folder.resolve().parent):
-        path = place / RECORD
-        if path.is_file():
-            break
-    else:
-        return None
-    record = json.loads(path.read_text("utf-8"))
-    config = record.get("config") or {}
-    if not config.get("base_model"):
-        return None  # a trainer without a YAML
-    config["output_dir"] = str(place)
-    started = Path(record.get("directory") or ".")
-    for key in ("base_model", "base_model_config", "lora_model_dir", "dataset_prepared_path"):
-        name = config.get(key)
-        if isinstance(name, str) and not Path(name).exists() and (started / name).exists():
-            config[key] = str(started / name)
-    for entry in (config.get("datasets") or []) + (config.get("test_datasets") or []):
-        name = entry.get("path")
-        if isinstance(name, str) and not Path(name).exists() and (started / name).exists():
-            entry["path"] = str(started / name)
-    return config
-
-
 def _check_adapters(folders: Sequence[Path], scales: Sequence[float]) -> dict[str, Path]:
     """name -> folder; the name is the folder's, or its path where two have the same."""
     for folder in folders:
-        if not (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} has no trained adapter (no adapter_config.json); train first, or name its folder"
-            )
+        check_adapter(folder)
         if scales:
             check_scalable(folder)
+        if text := unfinished(folder):
+            LOG.warning(text)
     names = [folder.resolve().name for folder in folders]
     distinct = len(set(names)) == len(names)
     return {

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from bapo_plugin import __version__
+from bapo_plugin.runs import RECORD, STATE
 from bapo_plugin.store import write_whole
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
-
-RECORD = "bapo_run.json"
 
 
 class RunRecord(TrainerCallback):
@@ -37,37 +36,47 @@ class RunRecord(TrainerCallback):
         self.config = dict(config)
         self._model = model
         self._rows = dict(rows)
+        #: whether training came to its end, be it that of `bapo.retention.stop_below`
+        self.finished = False
         self._written = -math.inf
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            names = ("axolotl", "torch", "transformers", "trl", "peft")
-            record = {
-                "config": self.config,
-                "directory": os.getcwd(),  # relative names in the configuration start there
-                "model": self._model,
-                "rows": self._rows,
-                "versions": {"axolotl-plugin-bapo": __version__}
-                | {name: version(name) for name in names},
-            }
-            text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-            write_whole(Path(args.output_dir) / RECORD, text)
+        self.finished = False
+        self._write_record(args, state)
+
+    def _write_record(self, args: Any, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        names = ("axolotl", "torch", "transformers", "trl", "peft")
+        record = {
+            "config": self.config,
+            "directory": os.getcwd(),  # relative names in the configuration start there
+            "model": self._model,
+            "rows": self._rows,
+            "versions": {"axolotl-plugin-bapo": __version__}
+            | {name: version(name) for name in names},
+            "finished": self.finished,
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+        write_whole(Path(args.output_dir) / RECORD, text)
 
     def on_log(self, args, state, control, **kwargs):
         if time.monotonic() - self._written > self.EVERY:
             self._write(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.finished = True
         self._write(args, state)
+        self._write_record(args, state)
 
     def _write(self, args: Any, state: Any) -> None:
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".trainer_state.json.{os.getpid()}"
+        partial = folder / f".{STATE}.{os.getpid()}"
         state.save_to_json(str(partial))
-        os.replace(partial, folder / "trainer_state.json")
+        os.replace(partial, folder / STATE)
         self._written = time.monotonic()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from bapo_plugin.config import BAPOConfig
 from bapo_plugin.loss import PREFERENCE_LOSSES
+from bapo_plugin.runs import check_adapter, has_adapter
 
 
 def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
@@ -57,9 +58,12 @@ def adapter_to_evaluate(output_dir: str, start: str | None) -> str:
     Raises:
         ValueError: there is none.
     """
-    if (Path(output_dir) / "adapter_config.json").exists():
+    folder = Path(output_dir)
+    if has_adapter(folder):
         return output_dir
     if start is None:
+        if (folder / "adapter_config.json").exists():  # axolotl writes it before training
+            check_adapter(folder)
         raise ValueError(
             f"output_dir: {output_dir} has no trained adapter to evaluate; train first, or name one with "
             "`lora_model_dir:`"

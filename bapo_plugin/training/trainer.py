@@ -39,6 +39,11 @@ from bapo_plugin.training.layout import WhenSharded, choose_layout, tell_what_sh
 from bapo_plugin.training.metrics import RowMetrics, Throughput
 from bapo_plugin.training.non_finite import NonFinite
 from bapo_plugin.training.objective import Objective
+from bapo_plugin.training.outputs import (
+    leave_base_model_out,
+    tell_what_is_overwritten,
+    write_card,
+)
 from bapo_plugin.training.packs import collecting_gradients, equal_passes
 from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
@@ -167,6 +172,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             self.add_callback(RetentionCallback(self, self.bapo.retention))
         self.record = RunRecord(settings_of(self), self.model.config.name_or_path, rows_of(self))
         self.add_callback(self.record)
+        leave_base_model_out(self)
 
     def keep(self, rows: Dataset | None) -> None:
         """Hold the former answers to other prompts too, see `bapo.keep`.
@@ -309,6 +315,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
                 "bapo.keep is set, but there are no prompts with base responses: give `keep_dataset`"
             )
         checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if self.is_world_process_zero():
+            tell_what_is_overwritten(self.args.output_dir, goes_on=bool(checkpoint))
         self.throughput.stop()
         return super().train(checkpoint, *args, **kwargs)
 
@@ -376,3 +384,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
             if self.args.should_save:
                 begin_checkpoint(self.args.output_dir, self.state.global_step)
             super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            write_card(self, model_name)

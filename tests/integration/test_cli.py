@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import BIN, axolotl, write_config
 from packaging.version import Version
 from tiny import make_rows, save_model, write_jsonl
@@ -57,7 +58,13 @@ def test_train_logs_the_metrics_and_saves_an_adapter(trained, folder):
     assert abs(steps[-1]["drift/chosen"]) > 1e-3, "nothing was learned"
     assert [entry for entry in log if "eval_drift/base" in entry]
     assert (folder / "out/adapter_model.safetensors").exists()
-    assert "BAPO" in (folder / "out/README.md").read_text()
+    assert not list((folder / "out").glob("model*")), "the model below the adapter was stored too"
+    card = (folder / "out/README.md").read_text()
+    assert "An adapter of `model`" in card and "Base-Anchored Preference Optimization" in card
+    evaluated = [entry for entry in log if "eval_drift/base" in entry][-1]
+    assert f"former answer), nats | {evaluated['eval_drift/base']:+.2f} |" in card
+    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["rl"] == "bapo"
+    assert json.loads((folder / "out/bapo_run.json").read_text())["finished"] is True
 
 
 def test_evaluate_measures_the_trained_adapter_against_the_model_without(trained, folder):

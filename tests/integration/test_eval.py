@@ -228,7 +228,7 @@ def test_adapters_of_different_models_are_refused(folder, tmp_path):
 
 def test_a_checkpoint_is_loaded_as_its_run_was(folder, tmp_path, monkeypatch):
     """The record lies in the run's folder; names in it start where the run was started."""
-    from bapo_plugin.evaluation.subject import recorded_config
+    from bapo_plugin.runs import recorded_config
 
     shutil.copytree(folder / "first", tmp_path / "run/checkpoint-4")
     assert recorded_config(tmp_path / "run/checkpoint-4") is None

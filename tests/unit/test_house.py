@@ -10,8 +10,8 @@ import bapo_plugin
 ROOT = Path(bapo_plugin.__file__).parent
 # floors, from the ground up; a file imports from its own floor and from those below
 FLOORS = [
-    ["loss", "store", "compat", "last_word", "blocks"],
-    ["config"],
+    ["loss", "store", "compat", "last_word", "blocks", "runs"],
+    ["config", "network"],
     ["rows"],
     ["checks"],
     ["answers"],

@@ -1,0 +1,160 @@
+"""What a run leaves in output_dir: the adapter and nothing else of the model, and a card that says what it is."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate.utils import is_peft_model
+from axolotl.utils.logging import get_logger
+from huggingface_hub import ModelCard, ModelCardData
+
+from bapo_plugin.runs import how_far
+
+if TYPE_CHECKING:
+    from bapo_plugin.training.trainer import BAPOTrainer
+
+LOG = get_logger("axolotl." + __name__)
+
+_MEASURED = (
+    ("rewards/accuracies", "pairs ranked right", "{:.0%}"),
+    ("drift/chosen", "drift of the chosen response, nats", "{:+.2f}"),
+    ("drift/rejected", "drift of the rejected response, nats", "{:+.2f}"),
+    ("drift/base", "drift of the base response (the former answer), nats", "{:+.2f}"),
+)
+_RETAINED = (
+    ("retention/drift", "drift of former answers, nats", "{:+.2f}"),
+    ("retention/agreement", "same likeliest token as before", "{:.0%}"),
+    ("retention/kl", "KL(before ‖ after), nats a token", "{:.3f}"),
+)
+
+
+def leave_base_model_out(trainer: "BAPOTrainer") -> None:
+    """Let `save_pretrained` of the model below the adapter save the adapter.
+
+    In a preference run axolotl holds that model, not PEFT's: at the end, and when it is interrupted, it would store
+    all of its weights beside the adapter, quantised ones in a form that nothing reads.
+    """
+    model = trainer.model
+    if not is_peft_model(model):
+        return
+
+    def save_pretrained(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        model.save_pretrained(folder, *args, **kwargs)
+        if not trainer.record.finished and trainer.is_world_process_zero():
+            step, last = trainer.state.global_step, trainer.state.max_steps
+            LOG.warning(
+                f"Interrupted at step {step} of {last}. {folder} has the adapter as it is now; with "
+                "`auto_resume_from_checkpoints: true` in the YAML the same command goes on at the last checkpoint"
+            )
+
+    model.get_base_model().save_pretrained = save_pretrained
+
+
+def tell_what_is_overwritten(output_dir: str | os.PathLike, goes_on: bool) -> None:
+    """Say before training that a trained adapter lies where this run will save.
+
+    Args:
+        output_dir: of the run.
+        goes_on: whether the run resumes what lies there.
+    """
+    folder = Path(output_dir)
+    if not goes_on and (folder / "adapter_model.safetensors").is_file():
+        LOG.warning(
+            f"output_dir: {folder} has an adapter whose training {how_far(folder)}; this run will overwrite it. Another "
+            "output_dir keeps both"
+        )
+
+
+def write_card(trainer: "BAPOTrainer", name: str | None) -> None:
+    """README.md in output_dir: base model, what was measured last, how to load it, and the YAML."""
+    base = str(trainer.model.config.name_or_path)
+    folder = Path(trainer.args.output_dir)
+    name = Path(name or folder).name  # axolotl gives the path
+    on_hub = bool(base) and not Path(base).exists()
+    adapter = is_peft_model(trainer.model)
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=base if on_hub else None,  # a path of this machine says nothing elsewhere
+        tags=[*trainer.tag_names, "trl", "dpo"],
+    )
+    # through JSON: what is left are plain values, which YAML can write
+    config = json.loads(json.dumps(trainer.record.config, default=str))
+    lines = [
+        f"# {name}",
+        "",
+        f"{'An adapter of' if adapter else 'Trained from'} {f'[{base}](https://huggingface.co/{base})' if on_hub else f'`{Path(base).name}`'}, by "
+        "[Base-Anchored Preference Optimization](https://huggingface.co/papers/2407.00693) (BAPO): it learned to prefer the "
+        "chosen responses of its data, held to what the model itself answered before.",
+        "",
+        *_measured(trainer),
+        "## Use",
+        "",
+        "```python",
+        *_loading(base if on_hub else Path(base).name, adapter, name),
+        "```",
+        "",
+        "## How it was trained",
+        "",
+        "<details><summary>Configuration for axolotl</summary>",
+        "",
+        "```yaml",
+        yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
+        "</details>",
+        "",
+        "## Citation",
+        "",
+        "```bibtex",
+        trainer._paper["citation"].rstrip(),
+        "```",
+        "",
+    ]
+    content = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+    ModelCard(content, ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def _measured(trainer: "BAPOTrainer") -> list[str]:
+    """A table of the last evaluation and of retention, where there were any."""
+    log = trainer.state.log_history
+    held_out: dict[str, Any] = next((e for e in reversed(log) if "eval_drift/base" in e), {})
+    kept: dict[str, Any] = next((e for e in reversed(log) if "retention/drift" in e), {})
+    rows = [
+        (label, form.format(held_out[f"eval_{key}"]))
+        for key, label, form in _MEASURED
+        if f"eval_{key}" in held_out
+    ]
+    rows += [
+        (f"{label} (`bapo.retention`)", form.format(kept[key]))
+        for key, label, form in _RETAINED
+        if key in kept
+    ]
+    if not rows:
+        return []
+    step = (held_out or kept).get("step")
+    return [
+        f"Measured at step {step}, on held-out rows where nothing else is said; a drift of 0 is the model before training.",
+        "",
+        "| | |",
+        "| --- | ---: |",
+        *(f"| {label} | {value} |" for label, value in rows),
+        "",
+    ]
+
+
+def _loading(base: str, adapter: bool, name: str) -> list[str]:
+    if not adapter:
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        ]
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(model, "{name}")',
+    ]

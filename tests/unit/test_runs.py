@@ -1,0 +1,111 @@
+"""Folders of runs as they are found: trained, interrupted, unfinished; and what may reach a network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bapo_plugin import network, runs
+
+
+def make(folder, weights=True, settings=True, finished=None, step=None, checkpoint=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings:
+        (folder / "adapter_config.json").write_text("{}")
+    if weights:
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
+    if finished is not None:
+        (folder / "bapo_run.json").write_text(json.dumps({"finished": finished}))
+    if step is not None:
+        state = {"global_step": step, "max_steps": 24}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    if checkpoint:
+        (folder / "checkpoint-3").mkdir()
+    return folder
+
+
+def test_a_trained_adapter_is_taken(tmp_path):
+    runs.check_adapter(make(tmp_path, finished=True, step=24))
+    assert runs.unfinished(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "state, said",
+    [
+        ({"settings": False, "weights": False}, ["no adapter_config.json", "train first"]),
+        ({"weights": False}, ["no weights", "has not written a step yet", "train again"]),
+        ({"weights": False, "step": 3}, ["got to step 3 of 24", "There is no checkpoint"]),
+        (
+            {"weights": False, "step": 3, "checkpoint": True},
+            ["got to step 3 of 24", "auto_resume_from_checkpoints: true"],
+        ),
+    ],
+)
+def test_a_folder_that_only_looks_trained_says_how_far_it_got(tmp_path, state, said):
+    folder = make(tmp_path / "out", **state)
+    assert not runs.has_adapter(folder)
+    with pytest.raises(ValueError) as error:
+        runs.check_adapter(folder)
+    assert str(folder) in str(error.value) and all(text in str(error.value) for text in said)
+
+
+def test_an_adapter_of_an_interrupted_run_is_called_unfinished(tmp_path):
+    folder = make(tmp_path, finished=False, step=3, checkpoint=True)
+    runs.check_adapter(folder)
+    assert "unfinished: training got to step 3 of 24" in runs.unfinished(folder)
+
+
+def test_an_adapter_without_a_record_is_not_judged(tmp_path):
+    assert runs.unfinished(make(tmp_path, step=3)) is None
+
+
+def config(tmp_path, **changes):
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "rows.jsonl").touch()
+    found = {
+        "base_model": str(tmp_path / "model"),
+        "datasets": [{"path": str(tmp_path / "rows.jsonl")}],
+    }
+    return found | changes
+
+
+@pytest.mark.parametrize(
+    "changes, local",
+    [
+        ({}, True),
+        ({"base_model": "owner/model"}, False),
+        ({"datasets": [{"path": "owner/rows"}]}, False),
+        ({"test_datasets": [{"path": "owner/rows"}]}, False),
+        ({"tokenizer_config": "owner/model"}, False),
+        ({"lora_model_dir": "owner/adapter"}, False),
+        ({"datasets": "rows"}, False),
+        ({"base_model": None, "datasets": None}, False),
+    ],
+)
+def test_local_is_what_names_no_hub(tmp_path, changes, local):
+    assert network.is_local(config(tmp_path, **changes)) is local
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_users_own_environment_goes_first(tmp_path, monkeypatch, local):
+    path = tmp_path / "run.yml"
+    changes = {} if local else {"base_model": "owner/model"}
+    path.write_text(json.dumps(config(tmp_path, **changes)))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    network.stay_offline([path])
+    assert os.environ.pop("HF_HUB_OFFLINE", None) == ("1" if local else None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    network.stay_offline([path])
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def test_what_is_set_before_the_libraries_is_light():
+    """They read the environment when they are imported, so none of them may be here already."""
+    code = (
+        "import sys, bapo_plugin.cli, bapo_plugin.network, bapo_plugin.runs; "
+        "print([m for m in ('torch', 'datasets', 'huggingface_hub', 'transformers', 'axolotl') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

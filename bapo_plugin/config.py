@@ -21,8 +21,15 @@ from bapo_plugin.blocks import (
     KeepConfig,
     RetentionConfig,
 )
-from bapo_plugin.loss import AnchorLoss, AnchorPlacement, AnchorReduction
+from bapo_plugin.loss import (
+    TOKEN_LOSSES,
+    AnchorLevel,
+    AnchorLoss,
+    AnchorPlacement,
+    AnchorReduction,
+)
 
+TOKEN_WEIGHT, RESPONSE_WEIGHT = 0.05, 0.1  # default λ
 # nats a token: a former answer becomes 5% less likely with each of its tokens
 DRIFT_LIMIT = 0.05
 _EXAMPLES = {
@@ -37,13 +44,11 @@ class BAPOConfig(Block):
     """Settings of BAPO. Formulas: `bapo_plugin/loss.py`."""
 
     anchor_weight: float | Literal["auto"] = Field(
-        default=0.1,
+        default=TOKEN_WEIGHT,
         json_schema_extra={
-            "description": "Weight λ of the anchor, in the unit of rl_beta. The default is the default β: the preference "
-            "loss gains at most β for each nat, so the anchor outweighs it on any base response that has lost "
-            "likelihood. Of what was tried it keeps most at DPO's accuracy (README, Evidence). 0.3 β learns faster and "
-            "lets former answers lose 1 to 2 nats. 0 gives DPO. auto: found while training, so that base responses lose "
-            "`drift_limit`."
+            "description": "Weight λ of the anchor, in the unit of rl_beta, of which the default is a half. A smaller one "
+            "learns faster and lets former answers lose more (README, Evidence). 0 gives DPO. auto: found while training, "
+            f"so that base responses lose `drift_limit`. Default: {TOKEN_WEIGHT} with anchor_level: token, else {RESPONSE_WEIGHT}."
         },
     )
     anchor_loss: AnchorLoss = Field(
@@ -53,6 +58,15 @@ class BAPOConfig(Block):
             "squared Δ², nll −log π(y_b|x). kl: KL(π_ref ‖ π_θ) over its tokens, which holds the whole "
             "distribution and costs a pass of the reference over prompt and base response in each step. Default: "
             "hinge, with anchor_weight: auto kl."
+        },
+    )
+    anchor_level: AnchorLevel = Field(
+        default="token",
+        json_schema_extra={
+            "description": "What hinge, absolute and squared are taken of. token: of each token of the base response, and "
+            "summed, so that no token of the former answer may become less likely. response: of the whole base response, "
+            "as the paper's anchor is reported; tokens that gain make up for others that are lost there. nll and kl are sums "
+            "over tokens in any case."
         },
     )
     anchor_reduction: AnchorReduction = Field(
@@ -75,7 +89,8 @@ class BAPOConfig(Block):
         allow_inf_nan=False,
         json_schema_extra={
             "description": "With anchor_weight: auto, what base responses of training rows may lose, nats a token: with "
-            "anchor_loss: kl the divergence KL(π_ref ‖ π_θ), else the mean of −Δ. The anchor pulls on what is beyond it. "
+            "anchor_loss: kl the divergence KL(π_ref ‖ π_θ), else what their tokens have lost (or, with "
+            "anchor_level: response, the mean of −Δ). The anchor pulls on what is beyond it. "
             f"Default: {DRIFT_LIMIT}"
         },
     )
@@ -191,6 +206,17 @@ class BAPOConfig(Block):
         if not 0 <= number < math.inf:
             raise ValueError("must be a finite number greater than or equal to 0, or auto")
         return number
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the anchor looks at each token of the base response."""
+        return self.anchor_level == "token" and self.anchor_loss in TOKEN_LOSSES
+
+    @model_validator(mode="after")
+    def _default_weight(self):
+        if "anchor_weight" not in self.model_fields_set and not self.holds_tokens:
+            self.anchor_weight = RESPONSE_WEIGHT
+        return self
 
     @model_validator(mode="after")
     def _budget(self):

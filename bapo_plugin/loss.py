@@ -13,16 +13,21 @@ Symbols (all log-probabilities in nats, summed over the tokens of a response; n 
     A(Δ) = max(0, −Δ)  "hinge" (default)  |  |Δ|  "absolute"  |  Δ²  "squared"  |  −log π_θ(y_b|x)  "nll"
            |  Σ_t KL( π_ref(·|x, y_b<t) ‖ π_θ(·|x, y_b<t) )  "kl"
 
+    anchor_level="response":         A(Δ_b), of the whole response, as the paper's anchor is reported
+    anchor_level="token" (default):  Σ_t A(Δ_t), over its tokens; Δ_b = Σ_t Δ_t
+
 The preference loss pulls the policy to the user's taste; the anchor A holds the likelihood of the
 model's own former answer to what it was, or with "kl" its whole distribution at each of the answer's
 tokens: for an answer drawn from π_ref the mean of −Δ_b *is* that divergence, so the others are
 estimates of it from one sample. All forms but "nll" have zero gradient at θ = θ_ref: the anchor acts
-only once the policy has drifted.
+only once the policy has drifted. On tokens the hinge says: no token of the former answer may become
+less likely. On the whole response, tokens that become likelier pay for others that are forgotten,
+and the answer's likelihood stays while its distribution goes.
 
 What is the paper's and what is ours: two independent summaries of the paper describe an additive term
 λ · L_Anchor beside the DPO loss, which holds the base response's probability to the reference's.
 Neither says whether it is one-sided. So the additive placement is as they report the paper's, and the
-form of A is an option; its default, the hinge, is ours.
+form of A is an option; its default, the hinge on tokens, is ours.
 
 Sources: BAPO, Lee et al., Findings of EMNLP 2024 (arXiv 2407.00693); DPO, Rafailov et al. 2023
 (2305.18290); IPO, Azar et al. 2023 (2310.12036); robust DPO, Chowdhury et al. 2024 (2403.00409);
@@ -47,11 +52,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AnchorLoss = Literal["hinge", "absolute", "squared", "nll", "kl"]
+AnchorLevel = Literal["token", "response"]
 AnchorReduction = Literal["sum", "mean"]
 AnchorPlacement = Literal["additive", "margin"]
 PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair"]
 
 ANCHOR_LOSSES: tuple[str, ...] = get_args(AnchorLoss)
+# the forms that differ between tokens and response; "nll" and "kl" are sums over tokens in any case
+TOKEN_LOSSES: tuple[str, ...] = ("hinge", "absolute", "squared")
 ANCHOR_PLACEMENTS: tuple[str, ...] = get_args(AnchorPlacement)
 ANCHOR_REDUCTIONS: tuple[str, ...] = get_args(AnchorReduction)
 PREFERENCE_LOSSES: tuple[str, ...] = get_args(PreferenceLoss)
@@ -74,7 +82,7 @@ class BAPOLoss(NamedTuple):
     """What `bapo_loss` returns, per row (shape [n]), so that the caller decides how to average.
 
     `loss` carries the gradient and always equals `preference + anchor`. `active` is 1.0 where the
-    anchor pulls (its gradient is not zero), else 0.0.
+    anchor pulls (its gradient is not zero), else 0.0; by tokens, the share of the response's tokens where it does.
     """
 
     loss: Tensor
@@ -135,7 +143,7 @@ def anchor_penalty(
     """A(Δ_b) per row, not yet weighted.
 
     Args:
-        drift: Δ_b, [n], nats (per response, or per token with anchor_reduction="mean").
+        drift: Δ_b, [n], nats (per response, or per token with anchor_reduction="mean"), or Δ_t of tokens, [T].
         policy_logps: log π_θ(y_b|x), [n], in the same unit; only "nll" reads it.
         anchor_loss: one of `ANCHOR_LOSSES`.
         divergence: KL(π_ref ‖ π_θ) over the base response's tokens, [n], in the same unit; only "kl"
@@ -164,6 +172,7 @@ def bapo_loss(
     reference: ResponseLogps,
     num_tokens: ResponseLogps | None = None,
     divergence: Tensor | None = None,
+    token_drift: Tensor | None = None,
     *,
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
@@ -184,6 +193,9 @@ def bapo_loss(
             `anchor_reduction="mean"`, which divide by them.
         divergence: KL(π_ref ‖ π_θ) of the base responses, [n], nats, summed over tokens; needed by
             `anchor_loss="kl"`.
+        token_drift: Δ_t = log π_θ − log π_ref of each token of the base responses, row by row, [T] with T =
+            num_tokens.base.sum(), nats. Where it is given, "hinge", "absolute" and "squared" are summed over the
+            tokens (anchor_level: token), which needs `num_tokens`; else they are of the whole response.
         beta, loss_type, label_smoothing: see `preference_loss`; several loss types are summed with
             `loss_weights` (default 1 each).
         anchor_weight: λ ≥ 0, a number or a scalar on the same device.
@@ -191,8 +203,8 @@ def bapo_loss(
         anchor_reduction: "sum" anchors the whole response, "mean" the mean over its tokens.
         anchor_placement: "additive", or "margin", which subtracts λ·A from the margin inside the
             preference loss. "nll" is not zero at θ_ref and therefore only additive.
-        slack: what a base response may lose (or with "kl" differ), nats a token, before the anchor
-            pulls: A sees only what is beyond it. Needs `num_tokens`; not for "nll".
+        slack: what a base response (or each of its tokens) may lose, or with "kl" differ, nats a token, before
+            the anchor pulls: A sees only what is beyond it. Needs `num_tokens`; not for "nll".
 
     Raises:
         ValueError: unknown names, a negative weight, or `num_tokens` missing where it is needed.
@@ -211,9 +223,10 @@ def bapo_loss(
     if anchor_placement == "margin" and anchor_loss == "nll":
         raise ValueError("anchor_loss 'nll' can't be placed in the margin; use 'additive'")
     per_token = anchor_reduction == "mean" or not {"ipo", "sigmoid_norm"}.isdisjoint(loss_types)
-    if (per_token or slack) and num_tokens is None:
+    by_token = token_drift is not None and anchor_loss in TOKEN_LOSSES
+    if (per_token or slack or by_token) and num_tokens is None:
         raise ValueError(
-            "num_tokens is needed for ipo, sigmoid_norm, anchor_reduction='mean' and slack"
+            "num_tokens is needed for ipo, sigmoid_norm, anchor_reduction='mean', slack and token_drift"
         )
 
     # Δ of the three responses, each [n]
@@ -225,9 +238,17 @@ def bapo_loss(
         divergence = None if divergence is None else divergence / length
     if slack:
         room = slack if anchor_reduction == "mean" else slack * num_tokens.base.to(base.dtype)
-        base = torch.where(base < 0, (base + room).clamp_max(0), (base - room).clamp_min(0))
+        base = _beyond(base, room)
+        token_drift = None if token_drift is None else _beyond(token_drift, slack)
         divergence = None if divergence is None else torch.relu(divergence - room)
-    penalty = anchor_weight * anchor_penalty(base, policy_base, anchor_loss, divergence)  # [n]
+    if by_token:
+        each = anchor_penalty(token_drift, token_drift, anchor_loss)  # [T]
+        distance = per_response(each, num_tokens.base)
+        if anchor_reduction == "mean":
+            distance = distance / length
+    else:
+        distance = anchor_penalty(base, policy_base, anchor_loss, divergence)
+    penalty = anchor_weight * distance  # [n]
 
     preference = torch.zeros_like(chosen)
     shifted = torch.zeros_like(chosen)
@@ -248,9 +269,29 @@ def bapo_loss(
         active = torch.zeros_like(base)
     elif anchor_loss == "nll":
         active = torch.ones_like(base)
+    elif by_token:
+        active = per_response((each > 0).to(base.dtype), num_tokens.base)
+        active = active / num_tokens.base.clamp(min=1)
     elif anchor_loss == "kl":
         active = (divergence > 0).to(base.dtype)
     else:
         active = ((base < 0) if anchor_loss == "hinge" else (base != 0)).to(base.dtype)
     # loss = preference + anchor holds exactly in both placements
     return BAPOLoss(loss, preference.detach(), (loss - preference).detach(), active.detach())
+
+
+def per_response(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over the tokens of each response.
+
+    Args:
+        values: [T], one a token, response by response.
+        lengths: [n], tokens of each response; T is their sum.
+    """
+    index = torch.arange(len(lengths), device=values.device)
+    owner = torch.repeat_interleave(index, lengths.to(values.device), output_size=len(values))
+    return values.new_zeros(len(lengths)).index_add(0, owner, values)
+
+
+def _beyond(drift: Tensor, room: Tensor | float) -> Tensor:
+    """What of a drift is further from 0 than `room`."""
+    return torch.where(drift < 0, (drift + room).clamp_max(0), (drift - room).clamp_min(0))

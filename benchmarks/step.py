@@ -182,7 +182,7 @@ class Bench:
         keep.view(-1)[batch["response_index"]] = True
         n = len(labels) // 3
         policy = ResponseLogps(*(logps * keep[:, :-1]).sum(1).view(3, n))
-        reference = ResponseLogps(*self.trainer.reference.known(batch).view(3, n))
+        reference = ResponseLogps(*self.trainer.reference.known(batch).sequences.view(3, n))
         tokens = ResponseLogps(*batch["cu_seqlens"].diff().view(3, n))
         return bapo_loss(policy, reference, tokens, anchor_weight=0.1).loss.mean()
 

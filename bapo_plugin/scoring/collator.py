@@ -23,6 +23,8 @@ ROW = "row_number"
 KEPT = "kept_number"
 # of a batch: prompts with only their base response, for the reference to compute its distribution on
 ANCHORED = "anchored"
+# of a batch: as cu_seqlens, with each token of a base response as a sequence of its own, [2n + T_b + m + 1]
+BASE_TOKENS = "base_token_seqlens"
 
 
 Anchored = Literal["none", "kept", "all"]
@@ -60,9 +62,9 @@ class PaddedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, attention_mask [3n + m, L] int64; response_index, response_labels [T] int64;
-        cu_seqlens [3n + m + 1] int32; token_counts; row_number [n] and kept_number [m] int64 where the rows have
+        cu_seqlens [3n + m + 1], base_token_seqlens [2n + T_b + m + 1] int32; token_counts; row_number [n] and kept_number [m] int64 where the rows have
         one; anchored."""
-        batch = self._pad(_in_order(rows)) | _numbers(rows)
+        batch = self._pad(_in_order(rows)) | _numbers(rows) | _base_tokens(rows)
         if anchored := _only_base(rows, self.anchored):
             batch[ANCHORED] = self._pad(_in_order(anchored))
         return batch
@@ -154,9 +156,9 @@ class SharedPrefixCollator:
 
     def pack(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns input_ids, position_ids [1, T] int64; response_index, response_labels [R] int64;
-        cu_seqlens [3n + m + 1] int32; layout; token_counts; row_number [n] and kept_number [m] int64 where the rows
+        cu_seqlens [3n + m + 1], base_token_seqlens [2n + T_b + m + 1] int32; layout; token_counts; row_number [n] and kept_number [m] int64 where the rows
         have one; anchored."""
-        batch = self._pack(rows) | _numbers(rows)
+        batch = self._pack(rows) | _numbers(rows) | _base_tokens(rows)
         if anchored := _only_base(rows, self.anchored):
             batch[ANCHORED] = self._pack(anchored)
         return batch
@@ -252,6 +254,18 @@ def _numbers(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if own and all(ROW in row for row in own):
             found[name] = torch.tensor([row[ROW] for row in own])
     return found
+
+
+def _base_tokens(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The base responses of rows token by token, all other sequences whole."""
+    lengths = [
+        part
+        for _, row, key in _in_order(rows)
+        for part in (
+            [1] * len(row[key]) if key == "base_ids" and not _is_kept(row) else [len(row[key])]
+        )
+    ]
+    return {BASE_TOKENS: torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}
 
 
 def packs_of(batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,14 +24,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from bapo_kernels import sequence_kl, sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
-from bapo_plugin.scoring.collator import ANCHORED, KEPT, ROW
+from bapo_plugin.loss import per_response
+from bapo_plugin.scoring.collator import ANCHORED, BASE_TOKENS, KEPT, ROW, num_kept, num_rows
 from bapo_plugin.scoring.shared_prefix import packed
 
 # values for the probe that bf16 and fp16 represent exactly
 _PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
 _NOT_FOR_MODEL = (
     *("response_index", "response_labels", "cu_seqlens", "layout", "token_counts"),
-    *(ROW, KEPT, ANCHORED, "is_repeated"),
+    *(ROW, KEPT, ANCHORED, BASE_TOKENS, "is_repeated"),
 )
 
 _NO_DIVERGENCE = (
@@ -45,11 +46,12 @@ _SMALL_CHUNK = 2**24  # bytes; a sixth of what bapo_kernels takes on a GPU, or l
 class ForwardOutput(NamedTuple):
     """`logps` [S] fp32, nats summed over each sequence's response tokens; `aux_loss` of MoE routers,
     a scalar, or None; `divergence` [A] fp32, KL(reference ‖ policy) of the last A sequences, nats summed over
-    tokens, or None."""
+    tokens, or None; `base_tokens` [T_b] fp32, log-probs of the base responses' tokens, row by row, or None."""
 
     logps: Tensor
     aux_loss: Tensor | None
     divergence: Tensor | None = None
+    base_tokens: Tensor | None = None
 
 
 class _Head(NamedTuple):
@@ -65,11 +67,15 @@ class ResponseForward:
     Args:
         log: told, once per model and in one line, when the plain path is taken and why.
         backend: of `bapo_kernels.sequence_logprobs`.
+        base_tokens: give the log-probs of the base responses' tokens too.
     """
 
-    def __init__(self, log: Callable[[str], None], backend: str = "auto"):
+    def __init__(
+        self, log: Callable[[str], None], backend: str = "auto", base_tokens: bool = False
+    ):
         self._log = log
         self._backend = backend
+        self._base_tokens = base_tokens
         self._chunk_bytes: int | None = None  # the kernel's own
         # model -> its head, or the reason for the plain path
         self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
@@ -215,7 +221,7 @@ class ResponseForward:
         def score(hidden: Tensor) -> Tensor:
             states = _response_states(hidden, batch)
             states = states.to(head.weight.dtype)
-            found.append(self._logps(states, head, spec, batch))
+            found.extend(self._logps(states, head, spec, batch))
             found.append(
                 None
                 if reference_states is None
@@ -233,11 +239,15 @@ class ResponseForward:
             return hidden.new_zeros(1, 1, 1)
 
         outputs = _call_with_head(model, head, score, kwargs)
-        logps, divergence = found
-        return ForwardOutput(logps, getattr(outputs, "aux_loss", None), divergence)
+        logps, base_tokens, divergence = found
+        return ForwardOutput(logps, getattr(outputs, "aux_loss", None), divergence, base_tokens)
 
-    def _logps(self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict) -> Tensor:
-        """[S], nats; with less temporary memory, from then on, where there was too little."""
+    def _logps(
+        self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S] of sequences, nats, and [T_b] of the base responses' tokens where they are wanted. With less temporary
+        memory, from then on, where there was too little."""
+        by_token = self._base_tokens and BASE_TOKENS in batch
 
         def run() -> Tensor | None:
             try:
@@ -245,7 +255,7 @@ class ResponseForward:
                     states,
                     head.weight,
                     batch["response_labels"],
-                    batch["cu_seqlens"],
+                    batch[BASE_TOKENS if by_token else "cu_seqlens"],
                     bias=head.bias,
                     logit_scale=spec.scale,
                     logit_softcap=spec.softcap,
@@ -272,7 +282,12 @@ class ResponseForward:
                 f"free and {self._chunk_bytes / 2**20:.0f} MiB of temporary memory about {fit:,} fit. Set bapo.tokens_per_batch, or "
                 "a smaller micro_batch_size"
             )
-        return found
+        if not by_token:
+            return found, None
+        n, m = num_rows(batch), num_kept(batch)
+        pairs, tokens, kept = found.split([2 * n, len(found) - 2 * n - m, m])
+        base = per_response(tokens, batch["cu_seqlens"].diff()[2 * n : 3 * n])
+        return torch.cat([pairs, base, kept]), tokens
 
     def _from_logits(
         self, model: nn.Module, head: nn.Module, batch: dict, kwargs: dict
@@ -283,10 +298,13 @@ class ResponseForward:
             logits = logits.float()
         logps = torch.log_softmax(logits, dim=-1)  # [T, V]
         token_logps = logps.gather(1, batch["response_labels"].unsqueeze(1)).squeeze(1)
-        lengths = batch["cu_seqlens"].diff().long()
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        sums = token_logps.new_zeros(len(lengths)).index_add(0, owner, token_logps)
-        return ForwardOutput(sums, getattr(outputs, "aux_loss", None))
+        sums = per_response(token_logps, batch["cu_seqlens"].diff())
+        tokens = None
+        if self._base_tokens and BASE_TOKENS in batch:
+            n = num_rows(batch)
+            first, last = batch["cu_seqlens"][[2 * n, 3 * n]].tolist()
+            tokens = token_logps[first:last]
+        return ForwardOutput(sums, getattr(outputs, "aux_loss", None), None, tokens)
 
 
 def within(

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, is_peft_model, send_to_device
+from accelerate.utils import broadcast, gather_object, is_peft_model, send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -30,6 +30,7 @@ from bapo_plugin.rows.columns import IDS, RESPONSES
 from bapo_plugin.store import Store
 
 COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats
+TOKENS_COLUMN = "reference_base_logps"  # and of each token of their base response, nats
 _NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")
 
 
@@ -62,34 +63,45 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
+class ReferenceLogps(NamedTuple):
+    """log π_ref, nats, without gradient: `sequences`, of whole responses, and `base_tokens` [T_b], of the tokens of
+    the base responses, row by row; None where the anchor doesn't look at tokens."""
+
+    sequences: Tensor
+    base_tokens: Tensor | None
+
+
 class ReferenceCache:
     """log π_ref of data sets' rows, from a file or computed.
 
     Args:
         path: of the file; None keeps nothing.
-        compute: batch of `PaddedCollator` -> log π_ref of its 3n sequences, without gradient.
+        compute: batch of `PaddedCollator` -> log π_ref of its 3n sequences and its base responses' tokens.
         collate: rows -> batch.
         accelerator: each process computes its share; the first reads and writes the file.
         model_key: of the reference model as loaded, see `weights_key`.
+        holds_tokens: whether log-probs of the base responses' tokens are wanted too.
     """
 
     def __init__(
         self,
         path: Path | None,
-        compute: Callable[[dict[str, Tensor]], Tensor],
+        compute: Callable[[dict[str, Tensor]], ReferenceLogps],
         collate: Callable[[list[dict]], dict[str, Tensor]],
         accelerator: Accelerator,
         model_key: str,
+        holds_tokens: bool,
     ):
         self._path = path
         self._compute = compute
         self._collate = collate
         self._accelerator = accelerator
         self._model_key = model_key
+        self._holds_tokens = holds_tokens
 
-    def logps_of(self, rows: Dataset, batch_size: int, name: str) -> Tensor:
-        """log π_ref of each row's chosen, rejected and base response, nats, [rows, 3] fp64; rows with a column
-        `reference_logps` bring their own.
+    def logps_of(self, rows: Dataset, batch_size: int, name: str) -> ReferenceLogps:
+        """log π_ref of each row's chosen, rejected and base response, [rows, 3] fp64, and of the tokens of all base
+        responses, row after row, fp32. Rows with a column `reference_logps` bring their own.
 
         Args:
             rows: tokenised rows, the same on every process.
@@ -98,10 +110,14 @@ class ReferenceCache:
 
         Raises:
             StoreDamaged: the file is damaged; it was set aside.
+            ValueError: a log-prob that isn't finite, or rows that bring too few.
         """
         if COLUMN in rows.column_names:
-            return torch.tensor(rows[COLUMN][:], dtype=torch.float64)
+            return self._brought(rows, name)
         logps = torch.full((len(rows), len(RESPONSES)), torch.nan, dtype=torch.float64)
+        lengths = base_lengths(rows) if self._holds_tokens else []
+        ends = np.cumsum([0, *lengths])
+        tokens = torch.full((int(ends[-1]),), torch.nan)
         keys: list[list[str]] = []
         store = None
         if self._path is not None and self._accelerator.is_main_process:
@@ -109,33 +125,56 @@ class ReferenceCache:
             keys = list(_sequence_keys(rows, self._model_key))
             known = store.get("logp", {key for row in keys for key in row})
             for i, row in enumerate(keys):
-                if all(key in known for key in row):
-                    logps[i] = torch.tensor([struct.unpack("<d", known[key])[0] for key in row])
+                found = [known.get(key) for key in row]
+                if None in found:
+                    continue
+                brought = np.frombuffer(found[-1][8:], dtype="<f4")
+                if self._holds_tokens:
+                    if len(brought) != lengths[i]:
+                        continue  # a run that looks at whole responses only has left it
+                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(brought.copy())
+                logps[i] = torch.tensor([struct.unpack_from("<d", value)[0] for value in found])
         logps = self._shared(logps)
+        if self._holds_tokens:
+            tokens = self._shared(tokens)
         missing = logps.isnan().any(dim=1).nonzero()[:, 0].tolist()
         if missing:
             # long rows first, so that a batch has little padding and lack of memory shows at once
-            lengths = _row_lengths(rows)
-            missing.sort(key=lambda i: (-lengths[i], i))
-            for done, values in self._passes(rows, missing, batch_size, name):
+            sizes = _row_lengths(rows)
+            missing.sort(key=lambda i: (-sizes[i], i))
+            for done, values, by_row in self._passes(rows, missing, batch_size, name):
                 logps[done] = values
+                for i, part in zip(done, by_row, strict=bool(by_row)):
+                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(part)
                 if store is not None:
-                    store.put(
-                        "logp",
-                        {
-                            key: struct.pack("<d", value)
-                            for i, row in zip(done, values.tolist(), strict=True)
-                            for key, value in zip(keys[i], row, strict=True)
-                        },
-                    )
+                    store.put("logp", _entries([keys[i] for i in done], values, by_row))
         if store is not None:
             store.close()
-        return logps
+        return ReferenceLogps(logps, tokens if self._holds_tokens else None)
+
+    def _brought(self, rows: Dataset, name: str) -> ReferenceLogps:
+        logps = torch.tensor(rows[COLUMN][:], dtype=torch.float64)
+        if not self._holds_tokens:
+            return ReferenceLogps(logps, None)
+        if TOKENS_COLUMN not in rows.column_names:
+            raise ValueError(
+                f"the {name} rows bring {COLUMN}, but bapo.anchor_level: token needs the log-probs of each token of the base "
+                f"response too: add a column {TOKENS_COLUMN}, remove {COLUMN}, or set bapo.anchor_level: response"
+            )
+        brought = rows[TOKENS_COLUMN][:]
+        for i, (part, length) in enumerate(zip(brought, base_lengths(rows), strict=True)):
+            if len(part) != length:
+                raise ValueError(
+                    f"row {i + 1} of the {name} rows has {len(part)} numbers in {TOKENS_COLUMN} and {length} tokens in "
+                    "base_ids; they must be as many"
+                )
+        return ReferenceLogps(logps, torch.tensor([x for part in brought for x in part]))
 
     def _passes(
         self, rows: Dataset, missing: list[int], batch_size: int, name: str
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, log π_ref [n, 3]) batch by batch, the same on every process."""
+    ) -> Iterator[tuple[list[int], Tensor, list[np.ndarray]]]:
+        """(indices, log π_ref [n, 3], of the tokens of each row's base response) batch by batch, the same on every
+        process."""
         accelerator = self._accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         bar = tqdm(
@@ -152,7 +191,17 @@ class ReferenceCache:
                 own = [part[j % len(part)] for j in range(rank, _round_up(len(part), world), world)]
                 batch = self._collate([rows[i] for i in own])
                 batch = send_to_device(batch, accelerator.device)
-                values = self._compute(batch).view(len(RESPONSES), len(own)).T
+                found = self._compute(batch)
+                by_row: list[np.ndarray] = []
+                if self._holds_tokens:
+                    lengths = batch["cu_seqlens"].diff()[2 * len(own) :].tolist()
+                    parts = found.base_tokens.float().cpu().split(lengths)
+                    by_row = gather_object([part.numpy() for part in parts])
+                    # [process, row] -> the order of `part`
+                    by_row = [
+                        by_row[p * len(own) + i] for i in range(len(own)) for p in range(world)
+                    ]
+                values = found.sequences.view(len(RESPONSES), len(own)).T
                 # [process, row] -> the order of `part`
                 values = accelerator.gather(values.contiguous()).view(world, len(own), -1)
                 values = values.transpose(0, 1).reshape(world * len(own), -1)[: len(part)]
@@ -163,16 +212,17 @@ class ReferenceCache:
                         f"the reference model gives row {bad + 1} of the {name} rows a log-probability that is "
                         "not finite; check that base_model loads well in this precision (bf16 instead of fp16)"
                     )
-                yield part, values
+                yield part, values, by_row[: len(part)]
                 bar.update(len(part))
 
     def _shared(self, values: Tensor) -> Tensor:
         """The first process's values, on every process."""
         if self._accelerator.num_processes == 1:
             return values
-        # float64 over the wire as two halves, since not every backend has it
-        wire = values.view(torch.int64).to(self._accelerator.device)
-        return broadcast(wire).cpu().view(torch.float64)
+        # as whole numbers, since not every backend has float64
+        whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+        wire = values.view(whole).to(self._accelerator.device)
+        return broadcast(wire).cpu().view(values.dtype)
 
 
 def weights_key(model: nn.Module, precision: str) -> str:
@@ -256,6 +306,28 @@ def _sequence_keys(rows: Dataset, model_key: str) -> Iterator[list[str]]:
                 digest.update(np.asarray(response[i], dtype=np.int64).tobytes())
                 keys.append(digest.hexdigest())
             yield keys
+
+
+def _entries(keys: list[list[str]], values: Tensor, by_row: list[np.ndarray]) -> dict[str, bytes]:
+    """What the file holds of rows: under the key of each response its log-prob, fp64; behind that of a base response
+    those of its tokens, fp32, where they are known."""
+    entries = {
+        key: struct.pack("<d", value)
+        for row, numbers in zip(keys, values.tolist(), strict=True)
+        for key, value in zip(row, numbers, strict=True)
+    }
+    for row, tokens in zip(keys, by_row, strict=bool(by_row)):
+        entries[row[-1]] = entries[row[-1]][:8] + tokens.astype("<f4").tobytes()
+    return entries
+
+
+def base_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row's base response."""
+    return [
+        len(ids)
+        for part in rows.select_columns(["base_ids"]).with_format("numpy").iter(batch_size=1000)
+        for ids in part["base_ids"]
+    ]
 
 
 def _row_lengths(rows: Dataset) -> list[int]:

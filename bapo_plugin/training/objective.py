@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from bapo_plugin.loss import BAPOLoss, ResponseLogps, bapo_loss
+from bapo_plugin.loss import BAPOLoss, ResponseLogps, bapo_loss, per_response
 from bapo_plugin.scoring.collator import ANCHORED, Anchored, num_kept, num_rows
 from bapo_plugin.training.metrics import row_metrics
 
@@ -89,7 +90,11 @@ class Objective:
         out = trainer.response_forward(model, unwrapped, batch, **more)
         lengths = batch["cu_seqlens"].diff()
         policy = ResponseLogps(*out.logps[: 3 * n].view(3, n))
-        reference = ResponseLogps(*trainer.reference.logps(model, unwrapped, batch).view(3, n))
+        known = trainer.reference.logps(model, unwrapped, batch)
+        reference = ResponseLogps(*known.sequences.view(3, n))
+        token_drift = None
+        if out.base_tokens is not None:
+            token_drift = out.base_tokens - known.base_tokens
         num_tokens = ResponseLogps(*lengths[: 3 * n].view(3, n))
         divergence, kept = None, out.logps.new_zeros(0)
         if out.divergence is not None:
@@ -101,6 +106,7 @@ class Objective:
             reference,
             num_tokens,
             divergence if bapo.anchor_loss == "kl" else None,
+            token_drift,
             beta=trainer.beta,
             loss_type=trainer.loss_types,
             loss_weights=trainer.loss_weights,
@@ -114,6 +120,9 @@ class Objective:
         metrics = row_metrics(rows, policy, reference, trainer.beta)
         if bapo.anchor_loss == "kl":
             metrics["anchor/kl"] = divergence.detach() / num_tokens.base
+        if token_drift is not None:
+            lost = per_response(torch.relu(-token_drift.detach()), num_tokens.base)
+            metrics["anchor/lost"] = lost / num_tokens.base
         if isinstance(weight, Tensor):
             metrics["anchor/weight"] = weight.float().expand(n)
         aux = None

@@ -81,10 +81,11 @@ def write_card(trainer: "BAPOTrainer", name: str | None) -> None:
     )
     # through JSON: what is left are plain values, which YAML can write
     config = json.loads(json.dumps(trainer.record.config, default=str))
+    of = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`"
     lines = [
         f"# {name}",
         "",
-        f"{'An adapter of' if adapter else 'Trained from'} {f'[{base}](https://huggingface.co/{base})' if on_hub else f'`{Path(base).name}`'}, by "
+        f"{'An adapter of' if adapter else 'Trained from'} {of if base else 'a model without a name'}, by "
         "[Base-Anchored Preference Optimization](https://huggingface.co/papers/2407.00693) (BAPO): it learned to prefer the "
         "chosen responses of its data, held to what the model itself answered before.",
         "",

@@ -15,10 +15,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from bapo_plugin.rows.columns import RESPONSES
-from bapo_plugin.scoring.collator import ROW, num_rows
+from bapo_plugin.scoring.collator import BASE_TOKENS, ROW, num_kept, num_rows
+from bapo_plugin.scoring.forward import ForwardOutput
 from bapo_plugin.scoring.reference import (
     COLUMN,
     ReferenceCache,
+    ReferenceLogps,
+    base_lengths,
     evaluating,
     reference_mode,
     weights_key,
@@ -63,6 +66,9 @@ class Reference:
         self._pending: list[_Part] = []
         self._numbered: set[str] = set()  # fingerprints of what `number` gave
         self._known = torch.zeros(0, len(RESPONSES))  # NaN where it is not computed
+        self._holds_tokens: bool = trainer.bapo.holds_tokens
+        self._tokens = torch.zeros(0)  # of all rows' base responses, row after row
+        self._starts = torch.zeros(1, dtype=torch.int64)  # where each row's begin, and the end
         wanted = trainer.bapo.precompute_ref_log_probs
         if trainer.is_fsdp1 and wanted:
             raise ValueError(
@@ -102,6 +108,12 @@ class Reference:
             self._pending.append(part)
             nothing = torch.full((len(rows), len(RESPONSES)), torch.nan)
             self._known = torch.cat([self._known, nothing.to(self._known.device)])
+            if self._holds_tokens:
+                lengths = torch.tensor(base_lengths(rows), dtype=torch.int64)
+                starts = self._starts.cpu()
+                self._starts = torch.cat([starts, starts[-1] + lengths.cumsum(0)])
+                room = torch.full((int(lengths.sum()),), torch.nan, device=self._tokens.device)
+                self._tokens = torch.cat([self._tokens, room])
         numbered = rows.add_column(ROW, np.arange(part.start, part.start + len(rows)))
         self._numbered.add(numbered._fingerprint)
         return numbered
@@ -139,37 +151,57 @@ class Reference:
         device = trainer.accelerator.device
         if self._cache is None:
             self._cache = self._make_cache(trainer.model if model is None else model)
-        known = self._known.cpu()
+        known, tokens = self._known.cpu(), self._tokens.cpu()
         for name, rows, start in pending:
-            logps = self._cache.logps_of(rows, trainer.args.per_device_eval_batch_size, name)
-            known[start : start + len(rows)] = logps
-        self._known = known.to(device)
+            found = self._cache.logps_of(rows, trainer.args.per_device_eval_batch_size, name)
+            known[start : start + len(rows)] = found.sequences
+            if found.base_tokens is not None:
+                first = int(self._starts[start])
+                tokens[first : first + len(found.base_tokens)] = found.base_tokens
+        self._known, self._tokens = known.to(device), tokens.to(device)
 
-    def logps(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """log π_ref of the batch's 3n sequences, nats, fp32: all chosen, all rejected, all base. No gradient.
+    def logps(
+        self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]
+    ) -> ReferenceLogps:
+        """log π_ref of the batch's 3n sequences, all chosen, all rejected, all base, and of the base responses' tokens
+        where the anchor looks at them. No gradient.
 
         Raises:
             RuntimeError: there is no reference.
         """
         known = self.known(batch)
         if known is None:
-            known = self.live(model, unwrapped, batch)[: len(RESPONSES) * num_rows(batch)]
+            live = self.live(model, unwrapped, batch)
+            own = slice(len(RESPONSES) * num_rows(batch))
+            known = ReferenceLogps(live.logps[own], live.base_tokens)
         return known
 
-    def known(self, batch: dict[str, Any]) -> Tensor | None:
-        """What was computed before training, [3n]; None where it wasn't."""
+    def known(self, batch: dict[str, Any]) -> ReferenceLogps | None:
+        """What was computed before training; None where it wasn't."""
         if not self.precomputed:
             return None
+        device = batch["cu_seqlens"].device
         if ROW not in batch:
             # kept prompts alone have nothing to know; a pass of the model would be one that others don't make
-            return None if num_rows(batch) else batch["cu_seqlens"].new_zeros(0, dtype=torch.float)
-        self._known = self._known.to(batch[ROW].device)
-        return self._known[batch[ROW]].T.reshape(-1)
+            nothing = torch.zeros(0, device=device)
+            return None if num_rows(batch) else ReferenceLogps(nothing, nothing)
+        self._known = self._known.to(device)
+        sequences = self._known[batch[ROW]].T.reshape(-1)
+        if not self._holds_tokens:
+            return ReferenceLogps(sequences, None)
+        self._tokens, self._starts = self._tokens.to(device), self._starts.to(device)
+        # the places of the rows' tokens in the table, row after row
+        starts = self._starts[batch[ROW]]
+        lengths = self._starts[batch[ROW] + 1] - starts
+        before = lengths.cumsum(0) - lengths
+        total = len(batch[BASE_TOKENS]) - 1 - 2 * num_rows(batch) - num_kept(batch)
+        shift = torch.repeat_interleave(starts - before, lengths, output_size=total)
+        return ReferenceLogps(sequences, self._tokens[shift + torch.arange(total, device=device)])
 
-    def live(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """As `logps`, from the model itself."""
+    def live(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> ForwardOutput:
+        """The reference's own forward pass over the batch."""
         with self._as_reference(model, unwrapped) as (model, unwrapped):
-            return self._trainer.response_forward(model, unwrapped, batch).logps
+            return self._trainer.response_forward(model, unwrapped, batch)
 
     def states(self, model: nn.Module, unwrapped: nn.Module, batch: dict[str, Any]) -> Tensor:
         """[T, H], what the reference hands to its output head for the batch's response tokens. No gradient.
@@ -207,9 +239,10 @@ class Reference:
         if not trainer.is_sharded and next(model.parameters()).device.type == "cpu":
             model.to(trainer.args.device)  # DeepSpeed moves it only when training begins
 
-        def compute(batch: dict[str, Tensor]) -> Tensor:
+        def compute(batch: dict[str, Tensor]) -> ReferenceLogps:
             with accelerator.autocast():
-                return self.live(model, unwrapped, batch)
+                live = self.live(model, unwrapped, batch)
+            return ReferenceLogps(live.logps, live.base_tokens)
 
         key = self._key(unwrapped) if self._cache_dir else ""
         return ReferenceCache(
@@ -218,6 +251,7 @@ class Reference:
             trainer.collate,
             accelerator,
             key,
+            self._holds_tokens,
         )
 
     def _key(self, model: nn.Module) -> str:
@@ -253,7 +287,7 @@ class Reference:
             return
         own = slice(len(RESPONSES) * num_rows(batch))
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            live = self.live(model, unwrapped, batch)[own]
+            live = self.live(model, unwrapped, batch).logps[own]
             policy = live
             if starts_equal:
                 unwrapped.train()  # as in the step
@@ -261,7 +295,7 @@ class Reference:
         tolerance = _tolerance(batch, trainer.computes_in_half)[own]
         problem = ""
         # log-probs that rows brought with them are the user's own affair
-        computed = None if self._bring_their_own(batch) else known
+        computed = None if known is None or self._bring_their_own(batch) else known.sequences
         for found, message in ((computed, _STALE), (policy, _UNEQUAL)):
             if found is None or problem or not len(live):
                 continue

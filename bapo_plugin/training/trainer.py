@@ -142,7 +142,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
                     adapters.disable_functional_dropout(module)
         # gradients are weighted by rows over unequal micro-batches, see `_get_num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        self.response_forward = ResponseForward(log=LOG.info, backend=self.bapo.kernel)
+        self.response_forward = ResponseForward(
+            log=LOG.info, backend=self.bapo.kernel, base_tokens=self.bapo.holds_tokens
+        )
         if self.is_sharded and self.bapo.shared_prefix != "off":
             self.data_collator = LateCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of

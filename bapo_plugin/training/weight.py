@@ -29,7 +29,7 @@ class AnchorWeight(TrainerCallback, ExportableState):
     """Holds λ, and with `anchor_weight: auto` steers it after every optimiser step.
 
     The constraint is v <= `drift_limit`, where v is what base responses of the training rows have lost, nats a token:
-    mean of -Δ_b, or with `anchor_loss: kl` the divergence. With e = v / limit - 1, clipped to [-1, 1], the multiplier rises
+    mean of -Δ_b, with `anchor_level: token` the sum over tokens of max(0, -Δ_t), or with `anchor_loss: kl` the divergence. With e = v / limit - 1, clipped to [-1, 1], the multiplier rises
     while e > 0 and falls while e < 0 (dual ascent in log λ). The anchor itself pulls only on what is beyond the limit
     (`slack` of `bapo_loss`). λ is the same on every process and kept in checkpoints.
 
@@ -73,6 +73,8 @@ class AnchorWeight(TrainerCallback, ExportableState):
             return
         if self._trainer.bapo.anchor_loss == "kl":
             lost = terms.metrics["anchor/kl"] * terms.num_tokens.base
+        elif self._trainer.bapo.holds_tokens:
+            lost = terms.metrics["anchor/lost"] * terms.num_tokens.base
         else:
             lost = -terms.metrics["drift/base"]
         found = torch.stack([lost.sum().float(), terms.num_tokens.base.sum().float()])

@@ -62,7 +62,7 @@ def cached_logps(trainer):
     trainer.get_train_dataloader()
     rows = list(trainer.train_dataset)
     known = trainer.reference.known(trainer.collate(rows))
-    return known.view(3, len(rows)).T
+    return known.sequences.view(3, len(rows)).T
 
 
 def trainer_for(tmp_path, rows=None, **changes):
@@ -75,7 +75,9 @@ def test_cached_is_live_in_fp32(tmp_path, family):
     randomize_lora(trainer.model, std=0.1)
     cached = cached_logps(trainer)
     for indices in ([0], [1, 2, 3, 4], [5, 6, 7, 8]):
-        live = trainer.reference.live(trainer.model, trainer.model, batch_of(trainer, indices))
+        live = trainer.reference.live(
+            trainer.model, trainer.model, batch_of(trainer, indices)
+        ).logps
         found = cached[indices].T.reshape(-1)
         torch.testing.assert_close(found, live, rtol=1e-6, atol=1e-5)
         policy = trainer.response_forward(
@@ -106,7 +108,9 @@ def test_cached_is_live_in_bf16(tmp_path, smollm2):
     ]
     order = sorted(range(8), key=lambda i: (-length[i], i))
     for indices in (order[:4], order[4:]):
-        live = trainer.reference.live(trainer.model, trainer.model, batch_of(trainer, indices))
+        live = trainer.reference.live(
+            trainer.model, trainer.model, batch_of(trainer, indices)
+        ).logps
         found = cached[indices].T.reshape(-1)
         torch.testing.assert_close(found, live, rtol=0, atol=1e-3)
 

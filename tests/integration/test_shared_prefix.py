@@ -610,7 +610,7 @@ def test_a_reference_model_of_its_own_shares_too(tmp_path):
     )
     batch = batch_of(trainer)
     expected = separate_logps(copy.deepcopy(trainer.ref_model), list(trainer.train_dataset))
-    found = trainer.reference.live(trainer.model, trainer.model, batch)
+    found = trainer.reference.live(trainer.model, trainer.model, batch).logps
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 

@@ -135,7 +135,7 @@ def test_reference_base_measures_a_given_adapter_against_the_model_without(tmp_p
     randomize_lora(model, std=0.1)
     trainer = bapo_trainer(tmp_path, model, bapo={"reference": "base"})
     batch = batch_of(trainer)
-    reference = trainer.reference.live(trainer.model, trainer.model, batch)
+    reference = trainer.reference.live(trainer.model, trainer.model, batch).logps
     base = make_model(vocab_size=len(make_tokenizer()))
     install(base)
     torch.testing.assert_close(
@@ -223,7 +223,7 @@ def test_metrics_are_means_over_rows(tmp_path):
     for i in range(7):
         measure([i])
         single.append(trainer.row_metrics.take("eval"))
-    assert len(together) == 14
+    assert len(together) == 15
     for key, value in together.items():
         assert value == pytest.approx(sum(s[key] for s in single) / 7, abs=1e-4), key
     assert together["loss"] == pytest.approx(
@@ -301,6 +301,7 @@ def test_moe_router_loss_is_added_as_trl_does(tmp_path):
     for key in ("input_ids", "attention_mask"):
         mine[key] = mine[key][keep]
     mine["cu_seqlens"] = mine["cu_seqlens"][:9]
+    del mine["base_token_seqlens"]
     tokens = mine["cu_seqlens"][-1]
     mine["response_index"], mine["response_labels"] = (
         mine[k][:tokens] for k in ("response_index", "response_labels")
@@ -322,7 +323,11 @@ def test_model_card_says_bapo_and_cites_the_paper(tmp_path):
     trainer = bapo_trainer(tmp_path)
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "out/README.md").read_text("utf-8")
-    assert "trained with BAPO" in card and "2407.00693" in card and "lee2024bapo" in card
+    assert (
+        "Base-Anchored Preference Optimization" in card
+        and "2407.00693" in card
+        and "lee2024bapo" in card
+    )
     assert "- bapo" in card and "Direct Preference" not in card
 
 
@@ -381,7 +386,7 @@ def test_fresh_adapter_reference_is_the_base_model(tmp_path):
     model = make_model(vocab_size=len(make_tokenizer()))
     install(model)
     base = trainer.response_forward(model, model, batch).logps
-    reference = trainer.reference.live(trainer.model, trainer.model, batch)
+    reference = trainer.reference.live(trainer.model, trainer.model, batch).logps
     torch.testing.assert_close(reference, base.detach())
     assert (
         trainer.response_forward(trainer.model, trainer.model, batch).logps - base

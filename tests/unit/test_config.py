@@ -15,7 +15,15 @@ GOOD = {
 
 def test_defaults():
     config = check_config(GOOD)
-    assert (config.anchor_weight, config.anchor_loss) == (0.1, "hinge")
+    assert (config.anchor_weight, config.anchor_loss, config.anchor_level) == (
+        0.05,
+        "hinge",
+        "token",
+    )
+    assert config.holds_tokens
+    for other in ({"anchor_level": "response"}, {"anchor_loss": "kl"}):
+        assert parse_block(other).anchor_weight == 0.1 and not parse_block(other).holds_tokens
+    assert parse_block({"anchor_level": "response", "anchor_weight": 0.05}).anchor_weight == 0.05
     budget = parse_block({"anchor_weight": "auto"})
     assert (budget.drift_limit, budget.anchor_loss) == (DRIFT_LIMIT, "kl")
     assert parse_block({"anchor_weight": "auto", "anchor_loss": "hinge"}).anchor_loss == "hinge"

@@ -239,3 +239,96 @@ def test_hinge_pulls_up_only_what_fell():
 def test_refusals(kwargs, match):
     with pytest.raises(ValueError, match=match):
         bapo_loss(logps((-1, -2, -3)), logps((-1, -2, -3)), **kwargs)
+
+
+# ---------------------------------------------------------------- the anchor on tokens
+
+TOKENS = ResponseLogps(torch.tensor([4, 4]), torch.tensor([3, 3]), torch.tensor([3, 2]))
+# the first answer loses 1.5 nats on two tokens and gains 2 on one, the second loses nothing
+TOKEN_DRIFT = torch.tensor([-1.0, 2.0, -0.5, 0.25, 0.0], dtype=torch.float64)
+WHOLE = torch.tensor([0.5, 0.25], dtype=torch.float64)
+
+
+def by_token(drift, tokens=TOKENS, base=WHOLE, **kwargs):
+    zero = torch.zeros_like(base)
+    return bapo_loss(
+        ResponseLogps(zero, zero, base),
+        ResponseLogps(zero, zero, zero),
+        tokens,
+        None,
+        drift,
+        **{"anchor_weight": 1.0} | kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    "anchor_loss, expected", [("hinge", [1.5, 0]), ("absolute", [3.5, 0.25]), ("squared", [5.25, 0.0625])]
+)  # fmt: skip
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_on_tokens_gains_do_not_pay_for_losses(anchor_loss, expected, reduction):
+    out = by_token(TOKEN_DRIFT, anchor_loss=anchor_loss, anchor_reduction=reduction)
+    sizes = [3, 2] if reduction == "mean" else [1, 1]
+    assert out.anchor.tolist() == pytest.approx([e / s for e, s in zip(expected, sizes)])  # noqa: B905
+    moved = {"hinge": [2 / 3, 0], "absolute": [1, 1 / 2], "squared": [1, 1 / 2]}[anchor_loss]
+    assert out.active.tolist() == pytest.approx(moved)
+    # the whole response has gained, so that a hinge on it sees nothing of this
+    whole = by_token(None, anchor_loss="hinge", anchor_reduction=reduction)
+    assert whole.anchor.tolist() == [0, 0]
+
+
+def test_on_tokens_the_hinge_pulls_each_token_that_fell_alike():
+    drift = TOKEN_DRIFT.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(by_token(drift, anchor_weight=0.4).loss.sum(), drift)
+    assert gradient.tolist() == pytest.approx([-0.4, 0, -0.4, 0, 0])
+
+
+def test_on_tokens_slack_is_each_tokens():
+    out = by_token(TOKEN_DRIFT, slack=0.6)
+    assert out.anchor.tolist() == pytest.approx([0.4, 0])  # of -1.0 and -0.5 nats
+    assert out.active.tolist() == pytest.approx([1 / 3, 0])
+
+
+@pytest.mark.parametrize("anchor_loss", ANCHOR_LOSSES)
+@pytest.mark.parametrize("placement", ["additive", "margin"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_one_token_is_a_whole_response(anchor_loss, placement, reduction):
+    if placement == "margin" and anchor_loss == "nll":
+        pytest.skip("refused, see test_refusals")
+    ones = TOKENS._replace(base=torch.tensor([1, 1]))
+    drift = torch.tensor([-1.5, 0.5], dtype=torch.float64)
+    found = []
+    for tokens in (drift, None):
+        policy = ResponseLogps(*torch.tensor([[1.0, 2], [-1, 0], [0, 0]], dtype=torch.float64))
+        policy = policy._replace(base=drift - 4)
+        reference = ResponseLogps(*torch.zeros(3, 2, dtype=torch.float64) - 4)
+        found.append(
+            bapo_loss(
+                policy,
+                reference,
+                ones,
+                drift.square(),
+                tokens,
+                anchor_weight=0.3,
+                anchor_loss=anchor_loss,
+                anchor_reduction=reduction,
+                anchor_placement=placement,
+            )
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("placement", ["additive", "margin"])
+@pytest.mark.parametrize("anchor_loss", ["hinge", "absolute", "squared"])
+def test_gradcheck_on_tokens(anchor_loss, placement):
+    drift = torch.tensor([-1.0, 2.0, -0.5, 0.25, -0.75], dtype=torch.float64, requires_grad=True)
+
+    def loss(drift):
+        return by_token(drift, anchor_loss=anchor_loss, anchor_placement=placement).loss
+
+    assert torch.autograd.gradcheck(loss, (drift,))
+
+
+def test_on_tokens_lengths_are_needed():
+    with pytest.raises(ValueError, match="num_tokens is needed for .*token_drift"):
+        by_token(TOKEN_DRIFT, tokens=None)

@@ -56,7 +56,7 @@ from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.answers.prompts import Asker, FormerAnswer
 from bapo_plugin.scoring.collator import SharedPrefixCollator, split_by_tokens
 from bapo_plugin.scoring.forward import ResponseForward, response_logits
-from bapo_plugin.scoring.reference import COLUMN, reference_mode
+from bapo_plugin.scoring.reference import COLUMN, TOKENS_COLUMN, reference_mode
 from bapo_plugin.scoring.retention import mean_and_error, measure
 from bapo_plugin.scoring.shared_prefix import install, uninstall
 
@@ -77,21 +77,26 @@ METHODS: dict[str, dict] = {
     "DPO, β = 0.3": {"anchor_weight": 0, "beta": 0.3},
     "DPO × 0.5": {"anchor_weight": 0, "scale": 0.5},
     "DPO + NLL": {"anchor_loss": "nll", "anchor_weight": 1, "anchor_reduction": "mean", "on": "chosen"},
-    "DPOP": {"anchor_loss": "hinge", "anchor_weight": 5, "anchor_placement": "margin", "on": "chosen"},
-    "BAPO hinge 0.03": {"anchor_loss": "hinge", "anchor_weight": 0.03},
-    "BAPO hinge 0.1": {"anchor_loss": "hinge", "anchor_weight": 0.1},
-    "BAPO hinge 0.3": {"anchor_loss": "hinge", "anchor_weight": 0.3},
-    "BAPO absolute 0.1": {"anchor_loss": "absolute", "anchor_weight": 0.1},
-    "BAPO squared 0.01": {"anchor_loss": "squared", "anchor_weight": 0.01},
+    "DPOP": {"anchor_level": "response", "anchor_weight": 5, "anchor_placement": "margin", "on": "chosen"},
+    "BAPO token hinge 0.03": {"anchor_weight": 0.03},
+    "BAPO token hinge 0.05": {"anchor_weight": 0.05},
+    "BAPO token hinge 0.1": {"anchor_weight": 0.1},
+    "BAPO token absolute 0.05": {"anchor_loss": "absolute", "anchor_weight": 0.05},
+    "BAPO hinge 0.03": {"anchor_level": "response", "anchor_weight": 0.03},
+    "BAPO hinge 0.1": {"anchor_level": "response", "anchor_weight": 0.1},
+    "BAPO hinge 0.3": {"anchor_level": "response", "anchor_weight": 0.3},
+    "BAPO absolute 0.1": {"anchor_loss": "absolute", "anchor_level": "response", "anchor_weight": 0.1},
+    "BAPO squared 0.01": {"anchor_loss": "squared", "anchor_level": "response", "anchor_weight": 0.01},
     "BAPO nll 0.1": {"anchor_loss": "nll", "anchor_weight": 0.1},
     "BAPO kl 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1},
     "BAPO kl 0.3": {"anchor_loss": "kl", "anchor_weight": 0.3},
     "BAPO auto 0.05": {"anchor_weight": "auto", "drift_limit": 0.05},
     "BAPO auto 0.02": {"anchor_weight": "auto", "drift_limit": 0.02},
-    "BAPO hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
+    "BAPO hinge 0.03 + keep 0.1": {"anchor_level": "response", "anchor_weight": 0.03, "keep": 0.1},
+    "BAPO token hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
     "BAPO kl 0.1 + keep 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1, "keep": 0.1},
 }  # fmt: skip
-DEFAULT = "BAPO hinge 0.1"
+DEFAULT = "BAPO token hinge 0.05"
 
 
 class Bench:
@@ -103,7 +108,7 @@ class Bench:
         self.tokenizer.chat_template = TEMPLATE
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         self.pad = self.tokenizer.pad_token_id
-        self.forward = ResponseForward(log=lambda text: None)
+        self.forward = ResponseForward(log=lambda text: None, base_tokens=True)
         prompts = unrelated_prompts()
         self.unrelated = self.answers(prompts[: args.unrelated], "Unrelated prompts")
         self.kept = self.answers(prompts[args.unrelated :][: args.kept], "Prompts to keep")
@@ -124,7 +129,7 @@ class Bench:
         return self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] * ended
 
     def rows(self, found: Sequence[Pair], base: Sequence[FormerAnswer] | None) -> list[dict]:
-        """Rows with log π_ref; without `base`, one token stands for the base response."""
+        """Rows with log π_ref, also of each token of the base response; without `base`, one token stands for it."""
         ended = not self.args.words
         rows = [
             {
@@ -135,22 +140,31 @@ class Bench:
             }
             for i, pair in enumerate(found)
         ]
+        found, tokens = self.score_tokens(self.model, rows)
         return [
-            row | {COLUMN: logps}
-            for row, logps in zip(rows, self.score(self.model, rows).tolist(), strict=True)
+            row | {COLUMN: found[i].tolist(), TOKENS_COLUMN: tokens[i]}
+            for i, row in enumerate(rows)
         ]
 
-    @torch.no_grad()
     def score(self, model, rows: list[dict]) -> torch.Tensor:
         """Log-probs of each row's three responses, nats, [n, 3]; the prompt is computed once."""
+        return self.score_tokens(model, rows)[0]
+
+    @torch.no_grad()
+    def score_tokens(self, model, rows: list[dict]) -> tuple[torch.Tensor, list[list[float]]]:
+        """The same, and of each token of the base responses."""
         install(model)
         model.eval()
         collator, found = SharedPrefixCollator(pad_token_id=self.pad), torch.empty(len(rows), 3)
+        tokens: list[list[float]] = [[] for _ in rows]
         # packs take rows in an order of their own
         for part in split_by_tokens(rows, 2048):
-            logps = self.forward(model, model, collator.pack([rows[i] for i in part])).logps
-            found[part] = logps.view(3, len(part)).T
-        return found
+            out = self.forward(model, model, collator.pack([rows[i] for i in part]))
+            found[part] = out.logps.view(3, len(part)).T
+            lengths = [len(rows[i]["base_ids"]) for i in part]
+            for i, logps in zip(part, out.base_tokens.split(lengths), strict=True):
+                tokens[i] = logps.tolist()
+        return found, tokens
 
     def questions(self, model, questions: Sequence[Question]) -> list[bool]:
         """Whether the right choice is the likeliest, by log-prob per byte."""

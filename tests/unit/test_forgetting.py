@@ -63,7 +63,7 @@ def test_every_row_gets_its_own_scores(forgetting):
     bench = object.__new__(forgetting.Bench)
     bench.args = argparse.Namespace(words=0)
     bench.model, bench.tokenizer, bench.pad = model, tokenizer, 0
-    bench.forward = forgetting.ResponseForward(log=lambda text: None)
+    bench.forward = forgetting.ResponseForward(log=lambda text: None, base_tokens=True)
     found = [forgetting.Pair(r["prompt"], r["chosen"], r["rejected"]) for r in make_rows(9)]
     rows = bench.rows(found, None)
     forgetting.uninstall(model)
@@ -76,6 +76,7 @@ def test_every_row_gets_its_own_scores(forgetting):
                 logps = torch.log_softmax(model(ids).logits[0], -1)
             alone = sum(float(logps[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
             assert logp == pytest.approx(alone, abs=1e-3)
+        assert sum(row["reference_base_logps"]) == pytest.approx(alone, abs=1e-3)  # the last one
 
 
 def test_data_is_whole(forgetting):

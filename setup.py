@@ -24,7 +24,12 @@ setup(
     ],
     package_data={
         "bapo_plugin.report": ["template.html"],
-        "bapo_plugin.evaluation": ["tasks/*.yaml", "tasks/*.py", "local_tasks/*.yaml"],
+        "bapo_plugin.evaluation": [
+            "data/*.jsonl",
+            "tasks/*.yaml",
+            "tasks/*.py",
+            "local_tasks/*.yaml",
+        ],
     },
     package_dir={"bapo_kernels": "kernels/bapo_kernels"},
     # torch and triton come with axolotl, which pins what it was tested with

@@ -46,7 +46,7 @@ def _main(
 
 @app.command()
 def anchors(
-    config: Annotated[Path, typer.Argument(help="YAML of the training run.", exists=True)],
+    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +72,7 @@ def anchors(
     no hub is asked where model and data are files. Prompts go nowhere but to the server that
     `bapo.anchors.server` names.
     """
+    _must_exist(config)
     if output and output.suffix not in (".jsonl", ".parquet"):
         _fail(f"--output: {output} must end in .jsonl or .parquet")
     if output and not output.parent.is_dir():
@@ -98,7 +99,6 @@ def evaluate(
         typer.Argument(
             help="YAML of a run (its adapter is that in output_dir), and folders of adapters of the same base "
             "model, which get a column each.",
-            exists=True,
         ),
     ],
     prompts: Annotated[
@@ -108,6 +108,14 @@ def evaluate(
             "-p",
             help="Prompts to ask before and after: a file (.txt, one a line; .jsonl with `prompt`), or a number of "
             "held-out rows of the YAML, whose base responses are taken. Default: all held-out rows.",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Ask 48 prompts of many kinds too, which have nothing to do with the data. Default: where neither "
+            "--prompts nor --tasks is given.",
         ),
     ] = None,
     tasks: Annotated[
@@ -168,6 +176,7 @@ def evaluate(
     and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
     are files.
     """
+    _must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]
     if not names or data:
         stay_offline(targets)
@@ -187,6 +196,7 @@ def evaluate(
             chat=chat,
             load_in_4bit=load_in_4bit,
             output=output,
+            probe=probe,
         )
     except ValueError as error:
         _fail(str(error))
@@ -198,9 +208,7 @@ def evaluate(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            help="output_dir of runs, of BAPO, DPO or other, finished or going on.", exists=True
-        ),
+        typer.Argument(help="output_dir of runs, of BAPO, DPO or other, finished or going on."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; figures go beside it as PNG.")
@@ -211,6 +219,7 @@ def report(
     RUNS: the output_dir of each run, of BAPO, DPO or other, finished or going on. What `bapo
     eval` has written there is shown too.
     """
+    _must_exist(*runs)
     from bapo_plugin.report import write_report
 
     try:
@@ -219,6 +228,13 @@ def report(
         _fail(str(error))
     for path in paths:
         typer.echo(f"Wrote {path}")
+
+
+def _must_exist(*paths: Path) -> None:
+    """Before anything heavy is imported."""
+    for path in paths:
+        if not path.exists():
+            _fail(f"there is no file or folder {path}")
 
 
 def _fail(message: str) -> Any:

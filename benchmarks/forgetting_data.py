@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from bapo_plugin.evaluation.run import PROBE
+
 DATA = Path(__file__).parent / "data"
 # persona -> (file, column of chosen, column of rejected). Those of dsp.jsonl need --data
 PERSONAS = {
@@ -63,7 +65,8 @@ def _first_words(text: str, words: int) -> str:
 
 
 def unrelated_prompts() -> list[str]:
-    return [row["prompt"] for row in read_jsonl(DATA / "unrelated.jsonl")]
+    """Those that `bapo eval` asks by itself."""
+    return [row["prompt"] for row in read_jsonl(PROBE)]
 
 
 def probe() -> list[Question]:

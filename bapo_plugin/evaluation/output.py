@@ -19,8 +19,8 @@ def table_rows(found: dict[str, Any]) -> list[list[str]]:
     """The results as text: a heading, then one row a number, `before` and for each adapter `after`."""
     names = list(found["adapters"])
     rows = [["what", "before", *_headings(names)]]
-    for label, before, after in _retention(found):
-        rows.append([label, before, *(cell for name in names for cell in after[name])])
+    for of, _, label, before, after in _retention(found):
+        rows.append([f"{of}: {label}", before, *(cell for name in names for cell in after[name])])
     for entry in found["tasks"]:
         rows.append([f"{entry['task']}, {entry['metric']}", *_numbers(entry, names)])
     return rows
@@ -49,20 +49,25 @@ def _headings(names: Sequence[str]) -> list[str]:
     return [heading for name in names for heading in (name, "difference")]
 
 
-def _retention(found: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, tuple[str, str]]]]:
-    """(label, before, adapter -> (after, difference)) of former answers."""
-    for key, label, at_start in (
-        ("drift", "drift of former answers, nats an answer", 0.0),
-        ("drift_per_token", "drift, nats a token", 0.0),
-        ("agreement", "agreement of the likeliest token", 1.0),
-        ("kl", "KL(before ‖ after), nats a token", 0.0),
-    ):
-        if found["retention"]:
-            after = {
-                name: (_short(**numbers[key]), f"{numbers[key]['value'] - at_start:+.3f}")
-                for name, numbers in found["retention"]["after"].items()
-            }
-            yield label, _short(at_start, None), after
+def _retention(
+    found: dict[str, Any],
+) -> Iterator[tuple[str, int, str, str, dict[str, tuple[str, str]]]]:
+    """(of what, prompts, label, before, adapter -> (after, difference)) of former answers."""
+    for part, of in (("retention", "former answers"), ("probe", "unrelated prompts")):
+        for key, label, at_start in (
+            ("drift", "drift, nats an answer", 0.0),
+            ("drift_per_token", "drift, nats a token", 0.0),
+            ("lost", "share that lost over 2 nats", 0.0),
+            ("worst_tenth", "drift of the worst tenth", 0.0),
+            ("agreement", "same likeliest token", 1.0),
+            ("kl", "KL(before ‖ after), nats a token", 0.0),
+        ):
+            if found[part]:
+                after = {
+                    name: (_short(**numbers[key]), f"{numbers[key]['value'] - at_start:+.3f}")
+                    for name, numbers in found[part]["after"].items()
+                }
+                yield of, found[part]["prompts"], label, _short(at_start, None), after
 
 
 def _numbers(measured: dict[str, Any], names: Sequence[str]) -> list[str]:
@@ -91,9 +96,12 @@ def _screen(found: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, tu
 
     Groups with a task's first metric only, subjects not at all: the rest is for the files.
     """
-    number = str(found["retention"]["prompts"]) if found["retention"] else ""
-    for label, before, after in _retention(found):
-        yield label, number, before, after
+    heading = None
+    for of, number, label, before, after in _retention(found):
+        if of != heading:
+            yield of, str(number), "", dict.fromkeys(after, ("", ""))
+            heading = of
+        yield f"  {label}", "", before, after
     shown = set()
     for entry in found["tasks"]:
         groups = [part for part in entry["parts"] if part["kind"] == "group"]
@@ -149,11 +157,12 @@ def _table(found: dict[str, Any], rows: list, headings: Sequence[str]) -> Table:
 
 def _markdown(found: dict[str, Any]) -> str:
     text = [f"# {found['model']} before and after training", ""]
-    if found["retention"]:
-        text += [
-            f"Former answers: {found['retention']['prompts']} prompts, {found['retention']['tokens']} tokens.",
-            "",
-        ]
+    for part, of in (("retention", "Former answers"), ("probe", "Unrelated prompts")):
+        if found[part]:
+            text += [
+                f"{of}: {found[part]['prompts']} prompts, {found[part]['tokens']} tokens.",
+                "",
+            ]
     text += ["± is one standard error; that of a difference is paired, question by question.", ""]
     text += _markdown_table(table_rows(found))
     if found["tasks"]:

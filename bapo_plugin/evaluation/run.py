@@ -21,6 +21,8 @@ from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
 
 _SAMPLES = 8
+#: prompts of many kinds that have nothing to do with anybody's taste
+PROBE = Path(__file__).parent / "data/unrelated.jsonl"
 
 
 def evaluate(
@@ -36,6 +38,7 @@ def evaluate(
     chat: bool = False,
     load_in_4bit: bool | None = None,
     output: Path | None = None,
+    probe: bool | None = None,
 ) -> list[Path]:
     """Measure, print a table, and write `bapo-eval.json` and `bapo-eval.md`.
 
@@ -51,6 +54,7 @@ def evaluate(
         chat: ask the tasks' questions through the chat template.
         load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
         output: folder for the results. Default: the folder of each adapter.
+        probe: ask the prompts of `PROBE` too. Default: where neither prompts nor tasks are named.
 
     Returns:
         The files written.
@@ -64,7 +68,9 @@ def evaluate(
         raise ValueError(
             f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
         )
-    if prompts is None and not tasks and not data and not config:
+    if probe is None:
+        probe = prompts is None and not tasks and not data
+    if prompts is None and not tasks and not data and not config and not probe:
         raise ValueError(
             "nothing to measure: name --prompts FILE, --tasks, or the YAML of a BAPO run"
         )
@@ -74,7 +80,10 @@ def evaluate(
         subject = load_run(config[0], folders, scales)
     else:
         subject = load_adapters(folders, load_in_4bit, scales)
-    answers = _former_answers(subject, prompts, chats, max_new_tokens, required=not tasks)
+    answers = _former_answers(
+        subject, prompts, chats, max_new_tokens, required=not tasks and not probe
+    )
+    probed = _asked(subject, read_prompts(PROBE), max_new_tokens) if probe else []
 
     found: dict[str, Any] = {
         "format": 1,
@@ -89,17 +98,24 @@ def evaluate(
         },
         "data": str(data) if data else None,
         "retention": None,
+        "probe": None,
         "tasks": [],
         "samples": [],
     }
-    if answers:
-        retention = measure_retention(subject, answers)
-        found["retention"] = {
-            "prompts": len(answers),
-            "tokens": sum(len(answer.answer_ids) for answer in answers),
-            "after": {name: result.summary() for name, result in retention.items()},
-        }
-        found["samples"] = _samples(subject, answers, retention, max_new_tokens)
+    if answers or probed:
+        retention = measure_retention(subject, answers + probed)
+        sets = (
+            ("retention", answers, slice(len(answers))),
+            ("probe", probed, slice(len(answers), None)),
+        )
+        for name, asked, own in sets:
+            if asked:
+                found[name] = {
+                    "prompts": len(asked),
+                    "tokens": sum(len(answer.answer_ids) for answer in asked),
+                    "after": {name: r.part(own).summary() for name, r in retention.items()},
+                }
+        found["samples"] = _samples(subject, answers + probed, retention, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
     # an adapter that is scaled too has one folder
@@ -117,9 +133,7 @@ def _former_answers(
     required: bool,
 ) -> list[FormerAnswer]:
     if chats is not None:
-        bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
-        with bar, subject.before():
-            return subject.asker().ask(chats, max_new_tokens, bar.update)
+        return _asked(subject, chats, max_new_tokens)
     if subject.cfg is None or not is_active(subject.cfg):
         if prompts is None and not required:
             return []
@@ -135,6 +149,12 @@ def _former_answers(
             "(--prompts)"
         )
     return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
+
+
+def _asked(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
+    bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
+    with bar, subject.before():
+        return subject.asker().ask(chats, max_new_tokens, bar.update)
 
 
 def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict[str, Retention]:
@@ -166,8 +186,10 @@ def _samples(
     retention: Mapping[str, Retention],
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Answers before and after to the first prompts, to be read."""
-    shown = answers[:_SAMPLES]
+    """Answers before and after, to be read: those that lost most under any adapter first."""
+    worst = torch.stack([result.drift for result in retention.values()]).min(0).values
+    order = worst.argsort(stable=True)[:_SAMPLES].tolist()
+    shown = [answers[i] for i in order]
     prompts = [answer.prompt_ids for answer in shown]
 
     def text(ids: Sequence[int]) -> str:
@@ -182,7 +204,7 @@ def _samples(
             "prompt": answer.prompt,
             "before": text(answer.answer_ids),
             "after": {name: text(ids[i]) for name, ids in after.items()},
-            "drift": {name: float(result.drift[i]) for name, result in retention.items()},
+            "drift": {name: float(result.drift[order[i]]) for name, result in retention.items()},
         }
         for i, answer in enumerate(shown)
     ]

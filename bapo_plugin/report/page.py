@@ -11,6 +11,7 @@ from bapo_plugin.report import tables
 from bapo_plugin.report.figures import Figure, Style, describe, make_figures
 from bapo_plugin.report.plots import COLOURS, figure_png, panel_svg
 from bapo_plugin.report.read import Run, read_runs
+from bapo_plugin.report.verdict import verdict
 
 NUM_OPEN_SAMPLES = 4  # the others are folded away
 
@@ -78,6 +79,7 @@ def render(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
         colours=COLOURS,
         heads=heads,
         rows=rows,
+        verdicts=[verdict(run) for run in runs],
         look=tables.what_to_look_at(runs),
         figures=figures,
         svg=_svg,

@@ -105,10 +105,11 @@ def _retention(run: Run, name: str) -> Cell:
     values = [v for _, v in run.retention(name) if math.isfinite(v)]
     if values:
         return Cell(decimal(values[-1]))
-    after = _mapping(_mapping(run.evaluation.get("retention")).get("after"))
-    if len(after) == 1:  # `bapo eval` of one adapter: that of the run
-        (metrics,) = after.values()
-        return Cell(decimal(_value(_mapping(metrics).get(name))))
+    for part in ("retention", "probe"):
+        after = _mapping(_mapping(run.evaluation.get(part)).get("after"))
+        if len(after) == 1:  # `bapo eval` of one adapter: that of the run
+            (metrics,) = after.values()
+            return Cell(decimal(_value(_mapping(metrics).get(name))))
     return Cell(DASH)
 
 
@@ -160,23 +161,28 @@ def task_table(runs: Sequence[Run]) -> list[list[Cell]]:
     return [[Cell(key[0]), Cell(key[1]), *row] for key, group in rows.items() for row in group]
 
 
+RETAINED = ("drift", "drift_per_token", "lost", "worst_tenth", "agreement", "kl")
+
+
 def retention_table(runs: Sequence[Run]) -> list[list[Cell]]:
-    """run, prompts, drift, drift per token, agreement, kl."""
+    """run, whose answers, prompts, drift, drift per token, share that was lost, worst tenth, agreement, kl."""
     rows = []
     for run in runs:
-        retention = _mapping(run.evaluation.get("retention"))
-        for name, label in _adapters(run, retention.get("after")):
-            metrics = _mapping(retention["after"][name])
-            rows.append(
-                [
-                    Cell(label),
-                    Cell(count(retention.get("prompts"))),
-                    *(
-                        _with_error(metrics.get(key))
-                        for key in ("drift", "drift_per_token", "agreement", "kl")
-                    ),
-                ]
-            )
+        for part, of in (
+            ("retention", "held-out or named prompts"),
+            ("probe", "unrelated prompts"),
+        ):
+            retention = _mapping(run.evaluation.get(part))
+            for name, label in _adapters(run, retention.get("after")):
+                metrics = _mapping(retention["after"][name])
+                rows.append(
+                    [
+                        Cell(label),
+                        Cell(of),
+                        Cell(count(retention.get("prompts"))),
+                        *(_with_error(metrics.get(key)) for key in RETAINED),
+                    ]
+                )
     return rows
 
 

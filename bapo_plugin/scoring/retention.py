@@ -6,7 +6,9 @@ For a prompt x and the answer y that the reference model gave to it, before trai
     agreement   share of y's tokens at which both models hold the same token most likely
     kl          KL(π_ref ‖ π_θ) of the next token, nats, mean over y's tokens
 
-A model that forgot nothing has 0, 1 and 0. `bapo.retention` logs them in training, `bapo eval` measures a
+A model that forgot nothing has 0, 1 and 0. Gains of some answers make up for losses of others in a mean drift, so two more
+numbers say what was lost: the share of answers that lost more than 2 nats (they are less than 1/7 as likely as before), and
+the mean drift of the worst tenth. `bapo.retention` logs them in training, `bapo eval` measures a
 finished run.
 """
 
@@ -23,6 +25,9 @@ from bapo_plugin.scoring.collator import pad_sequences
 # a batch keeps [tokens × vocabulary] log-probs of two models, in fp32
 _LOGITS_BYTES = 256 * 2**20
 
+# nats: an answer that drifted below has become less than 1/7 as likely
+LOST = -2.0
+
 # batch -> logits of its response tokens, [T, V] fp32; see `forward.response_logits`
 Scorer = Callable[[dict[str, Tensor]], Tensor]
 
@@ -38,14 +43,21 @@ class Retention:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """name -> {"value": mean over answers, "se": its standard error}: drift (nats an answer),
-        drift_per_token (nats), agreement (share), kl (nats a token)."""
+        drift_per_token (nats), lost (share of answers with a drift below -2 nats), worst_tenth (mean drift of
+        the worst tenth, nats), agreement (share), kl (nats a token)."""
         parts = {
             "drift": self.drift,
             "drift_per_token": self.drift / self.tokens,
+            "lost": (self.drift < LOST).double(),
+            "worst_tenth": self.drift.sort().values[: math.ceil(len(self.drift) / 10)],
             "agreement": self.agreement,
             "kl": self.kl,
         }
         return {name: mean_and_error(values) for name, values in parts.items()}
+
+    def part(self, which: slice) -> "Retention":
+        """Of some of the answers."""
+        return Retention(*(values[which] for values in vars(self).values()))
 
 
 def mean_and_error(values: Tensor | Sequence[float]) -> dict[str, float | None]:

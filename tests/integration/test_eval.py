@@ -90,10 +90,10 @@ def test_columns_for_several_adapters(found, folder):
     # the table's lines may be broken, by the width of the terminal
     assert "difference" in output and f"Wrote {folder / 'results/bapo-eval.json'}" in output
     text = (folder / "results/bapo-eval.md").read_text()
-    assert "| drift of former answers, nats an answer |" in text and "| little_quiz, acc |" in text
+    assert "| former answers: drift, nats an answer |" in text and "| little_quiz, acc |" in text
     assert f"{drifts[1]:.3f}" in text and "| what | before | first | difference |" in text
-    sample = results["samples"][0]
-    assert sample["prompt"] == "tell me about the sea" and set(sample["after"]) == {
+    (sample,) = [s for s in results["samples"] if s["prompt"] == "tell me about the sea"]
+    assert set(sample["after"]) == {
         "first",
         "second",
     }
@@ -141,6 +141,19 @@ def test_results_go_to_the_adapters_folder(folder):
         "bapo-eval.json",
         "bapo-eval.md",
     }
+
+
+def test_without_prompts_unrelated_ones_are_asked_and_the_worst_is_shown_first(folder):
+    result = run(folder / "second", "--max-new-tokens", 3, "-o", folder / "probed")
+    assert result.exit_code == 0, result.output
+    assert "unrelated prompts" in result.output and "former answers" not in result.output
+    found = json.loads((folder / "probed/bapo-eval.json").read_text())
+    assert found["retention"] is None and found["probe"]["prompts"] == 48
+    after = found["probe"]["after"]["second"]
+    assert after["worst_tenth"]["value"] < after["drift"]["value"]
+    shown = [sample["drift"]["second"] for sample in found["samples"]]
+    assert len(shown) == 8 and shown == sorted(shown)
+    assert sum(shown[:5]) / 5 == pytest.approx(after["worst_tenth"]["value"], rel=1e-6)  # of 48
 
 
 def test_scienceqa_leaves_out_questions_with_pictures(folder):
@@ -199,7 +212,7 @@ def test_a_group_is_compared_over_its_questions():
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["{first}"], "nothing to measure"),
+        (["{first}", "--no-probe"], "nothing to measure"),
         (["{model}", "-p", "{prompts}"], "has no trained adapter"),
         (["{first}", "-p", "{here}/none.txt"], "there is no file"),
         (["{first}", "-p", "4"], "held-out rows are those of the YAML"),

@@ -493,3 +493,41 @@ def test_starts_fast():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert run.stdout.strip() == "set()", run.stderr
+
+
+def kept(lost, worst=-1.0):
+    return {"lost": {"value": lost, "se": None}, "worst_tenth": {"value": worst, "se": None}}
+
+
+@pytest.mark.parametrize(
+    "accuracy, lost, learned, said",
+    [
+        (0.95, 0.0, "Learned: 95% of 40 held-out pairs", "Kept: 0% of 48 answers to unrelated prompts"),
+        (0.7, 0.1, "Learned in part: 70%", "Kept in part: 10%"),
+        (0.5, 0.5, "Not learned: 50%", "Forgotten: 50%"),
+    ],
+)  # fmt: skip
+def test_the_first_glance_says_what_was_learned_and_kept(tmp_path, accuracy, lost, learned, said):
+    history = [
+        {"step": 10, "loss": 0.5, "rewards/accuracies": 0.99},
+        {"step": 10, "eval_rewards/accuracies": accuracy},
+    ]
+    run = make_state(tmp_path / "run", history)
+    write(run / "bapo_run.json", {"config": BAPO, "rows": {"eval": 40}})
+    # unrelated prompts go first: held-out rows are of the data
+    add_evaluation(
+        run,
+        retention={"prompts": 5, "after": {"a": kept(0.99)}},
+        probe={"prompts": 48, "after": {"a": kept(lost, -3.25)}},
+    )
+    write_report([run], tmp_path / "r.html")
+    text = Page(tmp_path / "r.html").text
+    assert learned in text and said in text and "the worst tenth drifted by −3.25 nats" in text
+
+
+def test_the_first_glance_says_what_was_not_measured(tmp_path):
+    run = make_state(tmp_path / "run", [{"step": 1, "loss": 0.5, "rewards/accuracies": 0.75}])
+    write_report([run], tmp_path / "r.html")
+    text = Page(tmp_path / "r.html").text
+    assert "75% of training pairs; there were no held-out ones" in text
+    assert "bapo eval asks 48 unrelated prompts" in text

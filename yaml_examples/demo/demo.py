@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path("yaml_examples/smollm2-qlora-cpu.yml")
 DPO_CONFIG = Path("outputs/smollm2-dpo.yml")
 DPO_OUTPUT = "outputs/smollm2-dpo"
-UNRELATED = Path("benchmarks/data/unrelated.jsonl")
+UNRELATED = Path("bapo_plugin/evaluation/data/unrelated.jsonl")  # that `bapo eval` asks by itself
 MAX_NEW_TOKENS = 40  # of an answer that is measured or shown
 TASTE = "How do I make a good cup of tea?"  # like the data, and not in it
 LOST = -2.0  # nats: an answer that drifted below has become less than 1/7 as likely
@@ -239,7 +239,7 @@ def commands(outputs: dict[str, Path]) -> list[str]:
     return [
         f'{place}/python {Path(__file__).relative_to(ROOT)} "Your own question?"',
         f"{place}/bapo report {folders} -o outputs/report.html",
-        f"{place}/bapo eval {CONFIG} {folders} --prompts {UNRELATED} --max-new-tokens {MAX_NEW_TOKENS}",
+        f"{place}/bapo eval {CONFIG} {folders} --max-new-tokens {MAX_NEW_TOKENS}",
     ]
 
 

@@ -1,0 +1,71 @@
+"""The first glance: did it learn the taste, and is the model intact? A sentence of each for a run."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bapo_plugin.report.read import Run, number
+from bapo_plugin.report.tables import decimal
+
+# shares of held-out pairs ranked right; a coin gives one half
+_LEARNED, _PARTLY = 0.8, 0.65
+# shares of former answers that lost more than 2 nats
+_KEPT, _DAMAGED = 0.05, 0.25
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`learned` and `kept` are one of the words below with the numbers that say so; "" where nothing was measured."""
+
+    run: str
+    learned: str
+    kept: str
+
+
+def verdict(run: Run) -> Verdict:
+    return Verdict(run.name, _learned(run), _kept(run))
+
+
+def _learned(run: Run) -> str:
+    accuracy, where = run.last("eval_rewards/accuracies"), "held-out pairs"
+    if accuracy is None:
+        accuracy, where = (
+            run.last("rewards/accuracies"),
+            "training pairs; there were no held-out ones",
+        )
+    if accuracy is None:
+        return ""
+    word = "Learned"
+    if accuracy < _LEARNED:
+        word = "Learned in part" if accuracy >= _PARTLY else "Not learned"
+    rows = number(run.rows.get("eval")) if where == "held-out pairs" else math.nan
+    of = f"{rows:.0f} {where}" if rows > 0 else where
+    return f"{word}: {accuracy:.0%} of {of} ranked right"
+
+
+def _kept(run: Run) -> str:
+    """Of unrelated prompts where they were asked, else of the others."""
+    for part, whose in (("probe", "answers to unrelated prompts"), ("retention", "former answers")):
+        measured = run.evaluation.get(part)
+        after = measured.get("after") if isinstance(measured, dict) else None
+        if not isinstance(after, dict) or len(after) != 1:
+            continue
+        (metrics,) = after.values()
+        lost, worst = _value(metrics, "lost"), _value(metrics, "worst_tenth")
+        if math.isnan(lost):
+            continue
+        word = "Kept"
+        if lost > _KEPT:
+            word = "Kept in part" if lost <= _DAMAGED else "Forgotten"
+        count = number(measured.get("prompts"))
+        of = f"{count:.0f} {whose}" if count > 0 else whose
+        return (
+            f"{word}: {lost:.0%} of {of} lost more than 2 nats; the worst tenth drifted by "
+            f"{decimal(worst, sign=True)} nats"
+        )
+    return ""
+
+
+def _value(metrics: Any, name: str) -> float:
+    part = metrics.get(name) if isinstance(metrics, dict) else None
+    return number(part.get("value")) if isinstance(part, dict) else math.nan

@@ -3,14 +3,19 @@
     bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain]
     bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
+    bapo chat RUN [--prompt TEXT] ...
+    bapo doctor
 
 Also as `python -m bapo_plugin`, which accelerate can launch on several GPUs.
 """
 
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -228,6 +233,74 @@ def report(
         _fail(str(error))
     for path in paths:
         typer.echo(f"Wrote {path}")
+
+
+@app.command()
+def chat(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a run or its YAML, or several folders of adapters of one base model."
+        ),
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Ask this and end; several by repeating."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    load_in_4bit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Without a YAML: quantise the model to NF4. Default: as the run recorded it, else not."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print an object a prompt, one a line.")
+    ] = False,
+) -> None:
+    """Talk to the model before and after training, side by side.
+
+    TARGETS: the folder that a run has written, or its YAML. The model is loaded as in training, on a
+    CPU and in 4 bits too, and answers twice, with its adapter off and on.
+
+    A file of prompts, one a line: bapo chat outputs/bapo < prompts.txt
+    """
+    _must_exist(*targets)
+    stay_offline(targets)
+    from bapo_plugin.commands.chat import chat
+
+    try:
+        with _others_to_stderr(as_json) as out:
+            chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+) -> None:
+    """What is installed here, which kernel and attention will be used, and what is missing.
+
+    Made to be pasted into an issue. Exit code 1 where something will not work.
+    """
+    from bapo_plugin.commands.doctor import diagnose, doctor
+
+    if as_json:
+        with _others_to_stderr(True) as out:
+            print(json.dumps(diagnose(), indent=1), file=out)
+    else:
+        raise typer.Exit(doctor())
+
+
+@contextmanager
+def _others_to_stderr(wanted: bool) -> Iterator[TextIO]:
+    """Gives stdout, to which libraries write their log too: where a program reads it, they go to stderr."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield out
 
 
 def _must_exist(*paths: Path) -> None:

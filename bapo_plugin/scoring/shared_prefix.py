@@ -268,7 +268,7 @@ def _varlen_function() -> tuple[Callable | None, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-_VARLEN, _VARLEN_OPTIONS = _varlen_function()
+VARLEN, _VARLEN_OPTIONS = _varlen_function()
 
 
 def _cast_dtype(query: Tensor) -> torch.dtype:
@@ -280,7 +280,7 @@ def _cast_dtype(query: Tensor) -> torch.dtype:
 
 def _has_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
     return (
-        _VARLEN is not None
+        VARLEN is not None
         and (window is None or "window_size" in _VARLEN_OPTIONS)
         and query.device.type == "cuda"
         and torch.version.hip is None
@@ -317,7 +317,7 @@ def _varlen(
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    out = _VARLEN(q, k, v, cu_q, cu_k, most_q, most_k, **options)
+    out = VARLEN(q, k, v, cu_q, cu_k, most_q, most_k, **options)
     return out.transpose(0, 1).unsqueeze(0)
 
 

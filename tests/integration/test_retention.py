@@ -309,7 +309,7 @@ def test_the_run_is_recorded_while_it_goes_on(tmp_path):
     trainer.train()
     assert seen == [0, 1]
     record = json.loads((tmp_path / "out/bapo_run.json").read_text())
-    assert record["config"]["rl"] == "bapo" and record["config"]["bapo"]["anchor_weight"] == 0.1
+    assert record["config"]["rl"] == "bapo" and record["config"]["bapo"]["anchor_weight"] == 0.05
     assert record["rows"] == {"train": 8} and "torch" in record["versions"]
     state = json.loads((tmp_path / "out/trainer_state.json").read_text())
     assert "drift/base" in state["log_history"][0] and state["global_step"] == 2

@@ -424,7 +424,7 @@ def test_variable_length_attention_gets_the_right_pieces(family, stand_in, monke
         shared_prefix, "_has_varlen", lambda q, v, w: w is None or "window_size" in options
     )
     monkeypatch.setattr(
-        shared_prefix, "_VARLEN", lambda *a, **k: calls.append(1) or stand_in(*a, **k)
+        shared_prefix, "VARLEN", lambda *a, **k: calls.append(1) or stand_in(*a, **k)
     )
     monkeypatch.setattr(shared_prefix, "_VARLEN_OPTIONS", options)
     found = shared_logps(model, rows)

@@ -384,6 +384,12 @@ def test_evaluation_takes_the_runs_own_adapter(tmp_path):
         adapter_to_evaluate(str(tmp_path), None)
     assert adapter_to_evaluate(str(tmp_path), "start") == "start"
     (tmp_path / "adapter_config.json").write_text("{}")
+    assert adapter_to_evaluate(str(tmp_path), "start") == "start", (
+        "axolotl writes it before training"
+    )
+    with pytest.raises(ValueError, match="no weights .* training has not written a step yet"):
+        adapter_to_evaluate(str(tmp_path), None)
+    (tmp_path / "adapter_model.safetensors").touch()
     assert adapter_to_evaluate(str(tmp_path), "start") == str(tmp_path)
 
 
@@ -415,7 +421,7 @@ def test_row_numbers_of_others_do_not_count(tmp_path):
 
 
 def test_rows_may_bring_their_own_reference(tmp_path):
-    trainer = bapo_trainer(tmp_path, rows=make_rows(4))
+    trainer = bapo_trainer(tmp_path, rows=make_rows(4), bapo={"anchor_level": "response"})
     own = [[-9.0, -8.0, -7.0]] * 4
     trainer.train_dataset = trainer.train_dataset.add_column("reference_logps", own)
     trainer.train()

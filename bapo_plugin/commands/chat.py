@@ -1,0 +1,129 @@
+"""What `bapo chat` does: the model before training and after it, side by side, in one conversation each."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from bapo_plugin.answers.prompts import Chat
+from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
+
+BEFORE = "before"
+_HELP = "A line is a message. /new begins another conversation, /quit or Ctrl-D ends."
+
+
+def chat(
+    targets: Sequence[Path],
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    load_in_4bit: bool | None = None,
+    json_to: TextIO | None = None,
+) -> None:
+    """Ask before and after training: `prompts`, else lines of stdin, else what is typed.
+
+    Only what is typed goes on as a conversation; prompts and lines of a file are asked apart.
+
+    Args:
+        targets: a YAML (then its output_dir is the adapter), or folders of adapters of one base model.
+        prompts: to ask.
+        max_new_tokens: of an answer.
+        load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
+        json_to: write an object a prompt here, {"prompt", "before", one key for each adapter}, and nothing else.
+
+    Raises:
+        ValueError: no adapter, or a tokenizer without a chat template.
+    """
+    config = [t for t in targets if t.suffix in (".yml", ".yaml")]
+    folders = [t for t in targets if t not in config]
+    if len(config) > 1:
+        raise ValueError(
+            f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
+        )
+    subject = load_run(config[0], folders) if config else load_adapters(folders, load_in_4bit)
+    talk = Talk(subject, max_new_tokens)
+    show = _printer(len(subject.adapters)) if json_to is None else partial(_write_json, json_to)
+    typed = not prompts and sys.stdin.isatty()
+    if typed:
+        print(_HELP)
+    for line in prompts or (_typed() if typed else _lines(sys.stdin)):
+        if line == "/new":
+            talk.begin()
+            continue
+        if not typed:
+            talk.begin()
+        show(line, talk.say(line))
+
+
+class Talk:
+    """A conversation with each state of a model: before training, and with each adapter.
+
+    Args:
+        subject: the loaded model.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, subject: Subject, max_new_tokens: int):
+        self._subject = subject
+        self._limit = max_new_tokens
+        self._chats: dict[str, Chat] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was said."""
+        self._chats = {name: [] for name in (BEFORE, *self._subject.adapters)}
+
+    def say(self, message: str) -> dict[str, str]:
+        """Answers of each state, greedy, each to its own conversation so far."""
+        answers = {}
+        for name, chat in self._chats.items():
+            chat.append({"role": "user", "content": message})
+            # an adapter may be called "before" too: it comes later
+            with self._subject.before() if not answers else self._subject.after(name):
+                (found,) = self._subject.asker().ask([chat], self._limit)
+            text = self._subject.tokenizer.decode(
+                found.answer_ids, skip_special_tokens=True
+            ).strip()
+            chat.append({"role": "assistant", "content": text})
+            answers[name] = text
+        return answers
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    for line in file:
+        if line.strip():
+            yield line.strip()
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def _printer(adapters: int) -> Any:
+    console = Console(highlight=False, markup=False, emoji=False)
+
+    def show(prompt: str, answers: dict[str, str]) -> None:
+        if not sys.stdin.isatty():
+            console.print(Text(f"> {prompt}", style="bold"))
+        for name, text in answers.items():
+            label = "after" if adapters == 1 and name != BEFORE else name
+            console.print(Text(f"{label}: ", style="bold").append(text, style="not bold"))
+        console.print()
+
+    return show
+
+
+def _write_json(file: TextIO, prompt: str, answers: dict[str, str]) -> None:
+    print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), file=file, flush=True)

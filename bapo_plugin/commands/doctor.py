@@ -1,0 +1,129 @@
+"""What `bapo doctor` does: one screen that says what this machine has and what will be used."""
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bapo_plugin import __version__
+
+_PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_OPTIONAL = {
+    "bitsandbytes": "4-bit and 8-bit weights, 8-bit optimisers",
+    "triton": "the log-prob kernels on a GPU",
+    "deepspeed": "ZeRO-1 to 3",
+    "lm_eval": "`bapo eval --tasks`",
+    "matplotlib": "`bapo report`",
+}
+_SETTINGS = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "AXOLOTL_DO_NOT_TRACK")
+# of setup.py; what lies outside isn't tested
+SUPPORTED = ((0, 19), (0, 22))
+
+
+def diagnose() -> dict[str, Any]:
+    """Facts by section, as plain values: {"versions", "optional", "devices", "used", "settings", "problems"}."""
+    import torch
+
+    problems: list[str] = []
+    versions = {"axolotl-plugin-bapo": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        versions[name] = _version(name) or "missing"
+        if versions[name] == "missing":
+            problems.append(f"{name} is missing: pip install axolotl-plugin-bapo brings it")
+    numbers = tuple(int(part) for part in versions["axolotl"].split(".")[:2] if part.isdigit())
+    if len(numbers) == 2 and not SUPPORTED[0] <= numbers < SUPPORTED[1]:
+        problems.append(
+            f"axolotl {versions['axolotl']} isn't supported: take {_dotted(SUPPORTED[0])} or later, before {_dotted(SUPPORTED[1])}"
+        )
+    optional = {
+        name: _version(name) or f"missing, needed for {use}" for name, use in _OPTIONAL.items()
+    }
+    cuda = torch.cuda.is_available()
+    devices = [
+        _device(torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)[0])
+        for i in range(torch.cuda.device_count() if cuda else 0)
+    ]
+    if torch.version.cuda and not cuda:
+        problems.append(
+            f"torch was built for CUDA {torch.version.cuda}, but no GPU is found: a driver is missing or too old, or "
+            "CUDA_VISIBLE_DEVICES hides them"
+        )
+    triton = cuda and importlib.util.find_spec("triton") is not None
+    if cuda and not triton:
+        problems.append("triton is missing: log-probs on the GPU take the slower torch path")
+    return {
+        "versions": versions,
+        "optional": optional,
+        "devices": devices or [f"CPU, {os.cpu_count()} cores, {platform.machine()}"],
+        "used": {
+            "log-prob kernel": "triton" if triton else "torch",
+            "attention over packed rows": _attention(cuda),
+            "16 bits": _half(cuda),
+        },
+        "settings": {name: os.environ.get(name, "not set") for name in _SETTINGS},
+        "problems": problems,
+    }
+
+
+def doctor() -> int:
+    """Print the facts; 1 where something will not work, else 0."""
+    found = diagnose()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in ("versions", "optional", "used", "settings"):
+        for name, value in found[section].items():
+            table.add_row(name, value)
+        table.add_section()
+    for i, device in enumerate(found["devices"]):
+        table.add_row(f"device {i}", device)
+    table.add_row("platform", f"{platform.platform()}, {sys.executable}")
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(table)
+    for problem in found["problems"]:
+        console.print(f"! {problem}")
+    console.print("Nothing is missing." if not found["problems"] else "", end="\n")
+    return 1 if found["problems"] else 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(properties: Any, free: int) -> str:
+    return (
+        f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB ({free / 2**30:.1f} free), compute capability "
+        f"{properties.major}.{properties.minor}"
+    )
+
+
+def _attention(cuda: bool) -> str:
+    import torch
+
+    from bapo_plugin.scoring.shared_prefix import VARLEN
+
+    if VARLEN is None:
+        return f"one sdpa call a segment (flash attention needs torch 2.10, this is {torch.__version__})"
+    if not cuda or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return "one sdpa call a segment (flash attention needs an NVIDIA GPU of compute capability 8.0)"
+    return "flash attention of variable length, in 16 bits"
+
+
+def _half(cuda: bool) -> str:
+    import torch
+
+    if not cuda:
+        return "bf16 is emulated on many CPUs: set bf16: false there"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16 (this GPU has no bf16)"
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

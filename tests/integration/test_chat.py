@@ -1,0 +1,91 @@
+"""`bapo chat` and `bapo doctor`: what they print, for people and for programs."""
+
+import io
+import json
+
+import pytest
+from helpers import lora_model, randomize_lora
+from tiny import make_tokenizer, save_model
+from typer.testing import CliRunner
+
+from bapo_plugin.cli import app
+from bapo_plugin.commands import chat as command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    save_model(folder / "model", "llama")
+    model = lora_model()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    randomize_lora(model, std=0.5)
+    model.save_pretrained(folder / "mine")
+    make_tokenizer().save_pretrained(folder / "mine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    from bapo_plugin.evaluation.subject import load_adapters
+
+    return load_adapters([folder / "mine"], None)
+
+
+def run(*args, text=""):
+    return CliRunner().invoke(app, ["chat", *map(str, args), "--max-new-tokens", "6"], input=text)
+
+
+def test_lines_are_asked_apart_before_and_after(folder, monkeypatch, subject):
+    monkeypatch.setattr(command, "load_adapters", lambda *args: subject)
+    out = io.StringIO()
+    lines = ["tell me about the sea", "what is gold"]
+    command.chat([folder / "mine"], lines, max_new_tokens=6, json_to=out)
+    found = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [set(answer) for answer in found] == [{"prompt", "before", "mine"}] * 2
+    assert any(answer["before"] != answer["mine"] for answer in found)
+    # the second says nothing of the first: asked alone it is the same
+    out = io.StringIO()
+    command.chat([folder / "mine"], lines[1:], max_new_tokens=6, json_to=out)
+    assert json.loads(out.getvalue()) == found[1]
+
+
+def test_a_conversation_goes_on_with_each_ones_own_answers(subject):
+    talk = command.Talk(subject, 6)
+    first, second = talk.say("tell me about the sea"), talk.say("and of gold")
+    for name in ("before", "mine"):
+        assert [turn["content"] for turn in talk._chats[name]] == [
+            "tell me about the sea", first[name], "and of gold", second[name],
+        ]  # fmt: skip
+    talk.begin()
+    talk.say("and of gold")
+    assert [len(turns) for turns in talk._chats.values()] == [2, 2]
+
+
+def test_stdin_of_a_script_is_read_line_by_line(folder):
+    result = run(folder / "mine", text="tell me about the sea\n\nwhat is gold\n")
+    assert result.exit_code == 0, result.output
+    # the first line may stand behind a progress bar
+    assert [
+        result.output.count(text) for text in ("> tell me about the sea", "> what is gold", "> ")
+    ] == [1, 1, 2]
+    assert result.output.count("before: ") == result.output.count("after: ") == 2
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = run(tmp_path, "-p", "hello")
+    assert result.exit_code == 2 and "has not written a step yet" in result.output
+
+
+def test_doctor_says_what_will_be_used_and_what_is_missing(monkeypatch):
+    import bapo_plugin.commands.doctor as doctor
+
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    found = json.loads(result.stdout)
+    assert found["versions"]["axolotl"] and found["used"]["log-prob kernel"] in ("torch", "triton")
+    assert found["problems"] == [] and result.exit_code == 0
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda n: "0.22.1" if n == "axolotl" else real(n))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "axolotl 0.22.1 isn't supported: take 0.19 or later, before 0.22" in result.output

@@ -135,6 +135,11 @@ class StrategyRows:
             notices=(notice,) if notice else (),
         )
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Part -> where it stood in the last row, as "column" or "column.-1.content"."""
+        return {name: ".".join(map(str, place.slot)) for name, place in self._last.items()}
+
     def _check_columns(self, row: Row) -> None:
         for name in ("chosen", "rejected"):
             column = next((c for c in self._columns[name] if c in row), None)

@@ -111,7 +111,7 @@ def stray_keys(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     Returns:
         Messages: of those that are much like a known key, and of all others.
     """
-    known = set()
+    known: set[Any] = {"bapo"}  # where the plugin isn't active, something else is said about it
     for name, field in merge_input_args()[1].model_fields.items():
         known |= {name, field.alias, field.validation_alias}
     names = sorted(name for name in known if isinstance(name, str))

@@ -38,6 +38,7 @@ class DataSet:
         split: "datasets" or "test_datasets".
         columns: of its raw rows.
         mapping: prompt, chosen, rejected, base, ... -> where that stands in a row.
+        odd_rows: how many are odd; a row may be so in several ways.
         usable: rows that are left without those refused, and without those that lack a base response where
             `bapo.anchors.on_missing` leaves them out.
     """
@@ -51,6 +52,7 @@ class DataSet:
     usable: int
     refused: list[Group]
     odd: list[Group]
+    odd_rows: int
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Lengths:
     """Tokens of prompt and longest response, over all usable rows.
 
     Args:
-        bins: (from, to, rows), both ends included.
+        bins: (from, to, rows), both ends included; the last one has all that is above sequence_len.
         over: rows above sequence_len, which every policy touches.
         mendable: those of them that "truncate" would cut; it would leave out the others.
         open: rows whose base response is still to be made and may yet be the longest; it never goes above

@@ -141,7 +141,8 @@ class _Gathering:
                         _mapping(source, left),
                         len(left),
                         _groups(problems_of(rows)),
-                        _groups(notices_of(rows)),
+                        _groups(odd := notices_of(rows)),
+                        len({number for numbers in odd.values() for number in numbers}),
                     )
                 )
 
@@ -233,19 +234,19 @@ class _Gathering:
         if repeats.rows:
             facts.warn(
                 "repeats",
-                f"{_rows(repeats.rows)} the same as an earlier one (prompt, chosen and rejected); "
+                f"{_rows(repeats.rows)} {'is' if repeats.rows == 1 else 'are'} the same as an earlier one (prompt, chosen and rejected); "
                 "`dataset_exact_deduplication: true` takes those out that are the same in all",
             )
         if repeats.base_is_chosen:
             facts.warn(
                 "repeats",
-                f"{_rows(repeats.base_is_chosen, 'have', 'has')} a base response equal to chosen: the model answers so already, "
+                f"{_rows(repeats.base_is_chosen)} {_have(repeats.base_is_chosen)} a base response equal to chosen: the model answers so already, "
                 "and the anchor holds what the preference raises",
             )
         if repeats.base_is_rejected:
             facts.warn(
                 "repeats",
-                f"{_rows(repeats.base_is_rejected, 'have', 'has')} a base response equal to rejected: the anchor holds what the "
+                f"{_rows(repeats.base_is_rejected)} {_have(repeats.base_is_rejected)} a base response equal to rejected: the anchor holds what the "
                 "preference pushes down; take other rejected responses where that is not meant",
             )
         there = bases.in_data + bases.in_store
@@ -258,7 +259,7 @@ class _Gathering:
         if bases.empty:
             facts.warn(
                 "base",
-                f"{_rows(bases.empty, 'have', 'has')} a base response that says nothing; look at them in the file of "
+                f"{_rows(bases.empty)} {_have(bases.empty)} a base response that says nothing; look at them in the file of "
                 f"`bapo anchors {facts.config} --output FILE`",
             )
 
@@ -331,7 +332,7 @@ class _Gathering:
             if count:
                 facts.warn(
                     "keep",
-                    f"{count:,} of {len(train):,} training rows have a prompt of bapo.keep.prompts: {bapo.keep.prompts}, whose "
+                    f"{count:,} of {len(train):,} training rows {_have(count)} a prompt of bapo.keep.prompts: {bapo.keep.prompts}, whose "
                     "former answer the anchor holds already; take them out of the file",
                 )
             self._try(check_kept, bapo, self.work.tokenizer, kept, held)
@@ -347,7 +348,7 @@ class _Gathering:
             if count:
                 facts.warn(
                     "keep",
-                    f"{count:,} of {len(train):,} training rows have a prompt of bapo.retention.prompts: {path}, so what is "
+                    f"{count:,} of {len(train):,} training rows {_have(count)} a prompt of bapo.retention.prompts: {path}, so what is "
                     "measured on it says nothing about forgetting; take them out of the file",
                 )
 
@@ -431,5 +432,9 @@ def _groups(found: dict[str, list[int]]) -> list[Group]:
     return sorted(groups, key=lambda group: -group.rows)
 
 
-def _rows(count: int, many: str = "are", one: str = "is") -> str:
-    return f"1 row {one}" if count == 1 else f"{count:,} rows {many}"
+def _rows(count: int) -> str:
+    return f"{count:,} row" + "s" * (count != 1)
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"

@@ -101,26 +101,32 @@ def lengths_of(rows: Measured, sequence_len: int, policy: str) -> Lengths:
         policy=policy,
         median=int(np.median(totals)),
         longest=int(totals.max()),
-        bins=bins_of(totals),
+        bins=bins_of(totals, sequence_len),
         over=int(rows.over.sum()),
         mendable=int(rows.mendable.sum()),
         open=int(rows.lacks.sum()),
     )
 
 
-def bins_of(totals: np.ndarray) -> list[tuple[int, int, int]]:
-    """(from, to, count) of about ten bins of a round width, both ends included.
+def bins_of(totals: np.ndarray, sequence_len: int) -> list[tuple[int, int, int]]:
+    """(from, to, count) of about ten bins of a round width up to `sequence_len`, both ends included, and of one with all
+    that is above.
 
     Args:
         totals: [n] int64, n > 0.
     """
-    low, high = int(totals.min()), int(totals.max())
-    width = _round_up((high - low + 1) / _BINS)
-    first = low // width
-    counts = np.bincount(totals // width - first)
-    return [
-        ((first + i) * width, (first + i + 1) * width - 1, int(n)) for i, n in enumerate(counts)
-    ]
+    fit = totals[totals <= sequence_len]
+    found = []
+    if len(fit):
+        low, high = int(fit.min()), int(fit.max())
+        width = _round_up((high - low + 1) / _BINS)
+        first = low // width
+        for i, n in enumerate(np.bincount(fit // width - first)):
+            start = (first + i) * width
+            found.append((start, min(start + width - 1, sequence_len), int(n)))
+    if above := len(totals) - len(fit):
+        found.append((sequence_len + 1, int(totals.max()), above))
+    return found
 
 
 def _round_up(width: float) -> int:
@@ -153,10 +159,13 @@ def repeats_of(splits: Mapping[str, Measured], refused: int) -> Repeats:
 
 
 def saved_by_sharing(rows: Measured) -> float:
-    """Share of the tokens of separate rows that are saved where the prompt is computed once; base responses that are
-    to be made count with all the tokens that they may have, so that it is a lower bound."""
-    prompt, chosen, rejected, base = rows.lengths.T
-    responses = chosen + rejected + np.where(rows.lacks, rows.most, base)
+    """Share of the tokens of separate rows that are saved where the prompt is computed once, of rows that fit; base
+    responses that are to be made count with all the tokens that they may have, so that it is a lower bound. 0 where none
+    fits."""
+    prompt, chosen, rejected, base = rows.lengths.T * ~rows.over
+    responses = chosen + rejected + np.where(rows.lacks & ~rows.over, rows.most, base)
+    if not prompt.any():
+        return 0.0
     return float(2 * prompt.sum() / (3 * prompt + responses).sum())
 
 

@@ -78,11 +78,11 @@ def _summary(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.data_sets:
         total = sum(data.rows for data in facts.data_sets)
         refused = sum(group.rows for data in facts.data_sets for group in data.refused)
-        odd = sum(group.rows for data in facts.data_sets for group in data.odd)
+        odd = sum(data.odd_rows for data in facts.data_sets)
         n = len(facts.data_sets)
         yield (
             "rows",
-            f"{total:,} in {n} data set{'s' * (n > 1)}: {sum(data.usable for data in facts.data_sets):,} usable, "
+            f"{total:,} in {_n(n, 'data set')}: {sum(data.usable for data in facts.data_sets):,} usable, "
             f"{refused:,} can't be used, {odd:,} odd",
         )
     if (lengths := facts.lengths) is not None:
@@ -94,14 +94,14 @@ def _summary(facts: Facts) -> Iterator[tuple[str, str]]:
     if (repeats := facts.repeats) is not None:
         yield (
             "repeats",
-            f"{repeats.rows:,} identical rows, {repeats.prompts:,} rows with the prompt of an earlier one; "
+            f"{_n(repeats.rows, 'identical row')}, {_n(repeats.prompts, 'row')} with the prompt of an earlier one; "
             f"base = chosen {repeats.base_is_chosen:,}, base = rejected {repeats.base_is_rejected:,}, chosen = rejected "
             f"{repeats.chosen_is_rejected:,}",
         )
     if facts.bases is not None:
         yield "base responses", _bases_in_words(facts)
     if (held := facts.held_out) is not None:
-        text = f"{held.train:,} rows to train on, {held.held_out:,} held out"
+        text = f"{_n(held.train, 'row')} to train on, {held.held_out:,} held out"
         if held.by:
             text += f" ({held.by}), {held.overlap:,} of them with a prompt that is in training too"
         for name, count in (
@@ -109,7 +109,7 @@ def _summary(facts: Facts) -> Iterator[tuple[str, str]]:
             ("bapo.retention", held.watched_in_training),
         ):
             if count is not None:
-                text += f"; {count:,} training rows with a prompt of {name}"
+                text += f"; {_n(count, 'training row')} with a prompt of {name}"
         yield "both sides", text
     if (sharing := facts.sharing) is not None:
         least = "at least " if sharing.at_least else ""
@@ -124,7 +124,7 @@ def _summary(facts: Facts) -> Iterator[tuple[str, str]]:
     if (steps := facts.steps) is not None:
         yield (
             "steps",
-            f"{steps.per_epoch:,} an epoch of {steps.rows_a_step} rows each, {steps.total:,} in all (epochs: {steps.epochs:g})",
+            f"{steps.per_epoch:,} an epoch of {_n(steps.rows_a_step, 'row')} each, {steps.total:,} in all (epochs: {steps.epochs:g})",
         )
 
 
@@ -135,14 +135,14 @@ def _bases_in_words(facts: Facts) -> str:
         there = bases.in_data + bases.in_store
         parts[-1] += f" ({bases.cut / there:.0%} of these cut by a limit)"
     if bases.no_room:
-        parts.append(f"{bases.no_room:,} rows get none: their prompt fills sequence_len")
+        parts.append(f"none for {_n(bases.no_room, 'row')}, whose prompt fills sequence_len")
     if bases.kept_prompts:
         parts.append(
-            f"of {bases.kept_prompts:,} prompts of bapo.keep {bases.kept_to_make:,} to be answered"
+            f"{bases.kept_to_make:,} of {_n(bases.kept_prompts, 'prompt')} of bapo.keep to be answered"
         )
     if bases.requests:
         parts.append(
-            f"to be made for {bases.to_make:,} rows: {bases.requests:,} prompts, at most {bases.most_tokens:,} tokens, by "
+            f"to be made for {_n(bases.to_make, 'row')}: {_n(bases.requests, 'prompt')}, at most {bases.most_tokens:,} tokens, by "
             f"`bapo anchors {facts.config}` or when training starts"
         )
     return "; ".join(parts)
@@ -154,7 +154,9 @@ def _touched(lengths: Lengths, policy: str) -> str:
     left_out = lengths.over - lengths.mendable
     if policy == "truncate":
         return f"{lengths.mendable:,} cut, {left_out:,} left out"
-    return f"{lengths.over:,} left out" if policy == "drop" else f"stops at {lengths.over:,} rows"
+    return (
+        f"{lengths.over:,} left out" if policy == "drop" else f"stops at {_n(lengths.over, 'row')}"
+    )
 
 
 # ---------------------------------------------------------------- details
@@ -197,19 +199,19 @@ def _show_lengths(console: Console, lengths: Lengths, bar: str) -> None:
         line = Text(f"  {low:>{width},} to {high:>{width},}  {count:>{digits},} ")
         length = round(count / most * room)
         line.append(bar * max(length, int(count > 0)), style="red" if over else "blue")
-        if low <= lengths.sequence_len <= high or (over and low - 1 == lengths.sequence_len):
-            line.append(f" <- sequence_len {lengths.sequence_len:,}", style="dim")
+        if over:
+            line.append(f" above sequence_len {lengths.sequence_len:,}", style="dim")
         console.print(line)
     if lengths.open:
         console.print(
-            f"  {lengths.open:,} rows without their base response, which may go up to sequence_len",
+            f"  {_n(lengths.open, 'row')} still without base response, which may go up to sequence_len",
             style="dim",
         )
     told = ", ".join(
         f"{policy}: {_touched(lengths, policy)}" for policy in ("drop", "truncate", "raise")
     )
     if lengths.over:
-        console.print(f"  {lengths.over:,} rows over sequence_len. {told}")
+        console.print(f"  {_n(lengths.over, 'row')} above sequence_len. {told}")
 
 
 def _show_row(console: Console, row: ShownRow) -> None:
@@ -256,6 +258,10 @@ def _spelled(part: Part, style: str, is_response: bool) -> Text:
     elif is_response:
         found.append(" (no end of turn)", style="dim")
     return found
+
+
+def _n(count: int, name: str) -> str:
+    return f"{count:,} {name}" + "s" * (count != 1)
 
 
 def _headline(console: Console, text: str) -> None:

@@ -2,7 +2,9 @@
 
 configuration.py  the YAML: validated as in training; keys that axolotl would ignore
 gather.py         from the configuration to `Facts`
-measure.py        lengths, repeats and base responses of the rows, in numbers
+tables.py         rendered rows: how they are read, and with which base responses
+measure.py        lengths and repeats of the rows, in numbers
+judge.py          which facts deserve a look
 shown.py          rows as the model sees them
 facts.py          what was found, as plain values
 screen.py         facts on a screen

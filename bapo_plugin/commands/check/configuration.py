@@ -102,6 +102,24 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
     return cfg
 
 
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """Settings that tell runs apart, by their names in the YAML."""
+    names = (
+        "base_model",
+        "adapter",
+        "load_in_4bit",
+        "load_in_8bit",
+        "sequence_len",
+        "chat_template",
+    )
+    found = {name: cfg.get(name) for name in names}
+    found["rl_beta"] = cfg.rl_beta or (cfg.trl or {}).get("beta") or 0.1
+    for key, value in cfg.bapo.items():
+        if not isinstance(value, Mapping):
+            found[f"bapo.{key}"] = value
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def stray_keys(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Keys at the top of the YAML that axolotl ignores without a word.
 

@@ -142,6 +142,7 @@ class Bases:
         requests: distinct prompts that are to be answered, those of `bapo.keep` included.
         most_tokens: that they may take together.
         kept_prompts: prompts of `bapo.keep`; kept_to_make: those of them that are to be answered.
+        limit: most tokens of one that is to be made.
         cut: of those that are there, how many a limit cut.
         empty: of those that are there, how many say nothing.
     """
@@ -156,6 +157,7 @@ class Bases:
     kept_to_make: int
     cut: int
     empty: int
+    limit: int
     engine: str
     store: str
 

@@ -1,8 +1,7 @@
 """Lengths, repeats and base responses of rows, in numbers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -167,12 +166,3 @@ def saved_by_sharing(rows: Measured) -> float:
     if not prompt.any():
         return 0.0
     return float(2 * prompt.sum() / (3 * prompt + responses).sum())
-
-
-def count(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> int:
-    """Rows whose cell is wanted."""
-    return sum(
-        wanted(value)
-        for part in rows.select_columns([column]).iter(batch_size=10_000)
-        for value in part[column]
-    )

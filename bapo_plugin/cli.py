@@ -45,12 +45,14 @@ def check(
 
     CONFIG: the YAML of the training run.
 
-    Needs tokenizer and config of the model, not its weights, and makes no base responses. Rows are rendered as for
-    training and kept for it.
+    Needs tokenizer and config of the model, not its weights, and makes no base responses. Rows
+    are rendered as for training and kept for it.
 
-    Exit code: 0 fine, 2 an error that would stop the run, 1 something that deserves a look: a misspelt key; rows that
-    are left out, cut or odd; identical rows; base responses that equal chosen or rejected, say nothing or are often
-    cut; no held-out rows; prompts on both sides of the split, or in the files of bapo.keep and bapo.retention.
+    Exit code 2: an error that would stop the run. 1: something deserves a look. 0: all is well.
+
+    What deserves a look: a misspelt key; rows left out, cut or odd; identical rows; base responses
+    that equal chosen or rejected, say nothing, or of which more than a fifth were cut; no held-out
+    rows; prompts on both sides of the split, or in the files of bapo.keep and bapo.retention.
     """
     from bapo_plugin.commands.check import check
 

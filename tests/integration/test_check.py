@@ -247,6 +247,7 @@ def test_base_responses_that_were_made_before(folder, tmp_path, monkeypatch):
     bases = facts["bases"]
     assert [bases[k] for k in ("in_data", "in_store", "to_make")] == [0, 4, 2]
     assert (bases["requests"], bases["most_tokens"]) == (2, 10)
+    assert bases["reasons"] == [["no response to this row yet", 2]]
     assert [row["base_from"] for row in facts["shown"]] == ["store"] * 4 + ["to be made"] * 2
     assert all(row["base"]["tokens"] <= 5 for row in facts["shown"][:4])
     assert bases["cut"] == sum(row["base"]["end"] == "" for row in facts["shown"][:4]) > 0

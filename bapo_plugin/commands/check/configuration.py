@@ -97,6 +97,8 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
         if any(e["loc"][:1] == ("rl",) and e["input"] == "bapo" for e in error.errors()):
             raise ValueError(not_bapo(config)) from None
         raise ValueError(_in_words(error)) from None
+    except (ImportError, OSError) as error:  # a plugin, or a file that the YAML names
+        raise ValueError(f"{type(error).__name__}: {error}; check what {config} names") from error
     if not is_active(cfg):
         raise ValueError(not_bapo(config))
     return cfg

@@ -143,6 +143,7 @@ class Bases:
         most_tokens: that they may take together.
         kept_prompts: prompts of `bapo.keep`; kept_to_make: those of them that are to be answered.
         limit: most tokens of one that is to be made.
+        reasons: why some are to be made, and for how many rows and prompts to keep.
         cut: of those that are there, how many a limit cut.
         empty: of those that are there, how many say nothing.
     """
@@ -158,6 +159,7 @@ class Bases:
     cut: int
     empty: int
     limit: int
+    reasons: list[tuple[str, int]]
     engine: str
     store: str
 

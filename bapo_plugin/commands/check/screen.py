@@ -1,6 +1,8 @@
 """Facts on a screen: what matters first, then the details."""
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +42,12 @@ def show(facts: Facts) -> None:
         console.print(Text("Nothing to remark.", style="green"))
     for data in facts.data_sets:
         _show_data(console, data)
+    if facts.bases and facts.bases.reasons:
+        _headline(console, "Base responses to be made, and why")
+        grid = _grid(10)
+        for reason, rows in facts.bases.reasons:
+            grid.add_row(_n(rows, "row"), reason)
+        console.print(grid)
     if facts.lengths:
         _show_lengths(console, facts.lengths, bar)
     if facts.shown:
@@ -236,23 +244,24 @@ def _spelled(part: Part, style: str, is_response: bool) -> Text:
     body = part.text.removesuffix(part.end)
     first = len(body) - len(body.lstrip(" "))
     last = len(body.rstrip(" "))
-    special = [i for start, stop in part.special for i in range(start, stop)]
-    marked = set(special)
+    marked = {i for start, stop in part.special for i in range(start, stop)}
     left_out = range(_LONG * 2 // 3, len(body) - _LONG // 3)
-    found = Text()
+    letters: list[tuple[str, str]] = []  # text and its style
     for i, letter in enumerate(body):
         if i in left_out:
             if i == left_out.start:
-                found.append(f" [... {len(left_out):,} characters, in --json ...] ", style="dim")
-            continue
-        if letter == "\n":
-            found.append("↵" if i == len(body) - 1 and not part.end else "↵\n", style="dim")
+                letters.append((f" [... {len(left_out):,} characters, in --json ...] ", "dim"))
+        elif letter == "\n":
+            letters.append(("↵" if i == len(body) - 1 and not part.end else "↵\n", "dim"))
         elif letter == " " and (i < first or i >= last):
-            found.append("·", style="dim")
+            letters.append(("·", "dim"))
         elif not letter.isprintable():
-            found.append(repr(letter)[1:-1], style="dim")
+            letters.append((repr(letter)[1:-1], "dim"))
         else:
-            found.append(letter, style=f"bold {style}" if i in marked else style)
+            letters.append((letter, f"bold {style}" if i in marked else style))
+    found = Text()
+    for of_style, run in groupby(letters, key=itemgetter(1)):
+        found.append("".join(text for text, _ in run), style=of_style)
     if part.end:
         found.append(f"⟦{part.end}⟧", style=_END)
     elif is_response:

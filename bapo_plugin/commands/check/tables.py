@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from datasets import Dataset
 
-from bapo_plugin.anchors.plan import Plan, make_plan, usable
+from bapo_plugin.anchors.plan import Plan, explain, make_plan, usable
 from bapo_plugin.commands.check.facts import Bases, DataSet, Group
 from bapo_plugin.commands.check.measure import Measured
 from bapo_plugin.prepare import KEEP, Preparation
@@ -24,11 +24,13 @@ class Answered(NamedTuple):
     Args:
         keys: for each row the key of the base response that it lacks in the data, "" where it has one or gets none.
         plan: what is still to be made; None where no row lacks one.
+        reasons: why, and for how many rows.
     """
 
     tables: Tables
     keys: dict[str, list[list[str]]]
     plan: Plan | None
+    reasons: list[tuple[str, int]]
 
 
 def data_sets_of(work: Preparation, rendered: Tables, rows: Tables) -> list[DataSet]:
@@ -68,23 +70,28 @@ def answered(work: Preparation, rows: Tables) -> Answered:
         ValueError: the model isn't there, or nothing ends an answer.
     """
     if not any(where(table, "lacks", bool) for parts in rows.values() for table in parts):
-        return Answered(
-            rows, {s: [[""] * len(t) for t in parts] for s, parts in rows.items()}, None
-        )
+        none = {split: [[""] * len(table) for table in parts] for split, parts in rows.items()}
+        return Answered(rows, none, None, [])
     made_by = work.made_by()
     keyed = work.keyed(rows, made_by)
     with Store(work.store_path, "base responses") as store:
         tables = [table for parts in keyed.values() for table in parts]
         plan = make_plan(tables, store, made_by, work.stop_ids)
         known = set(usable(store, plan.limits))
-    found = Answered({}, {}, plan)
+        reasons = explain(tables, plan, store) if plan.requests else []
+    mark = "to generate: "
+    why = [(text.removeprefix(mark), n) for text, n, _ in reasons if text.startswith(mark)]
+    found = Answered({}, {}, plan, why)
     for split, parts in keyed.items():
         found.tables[split], found.keys[split] = [], []
         for source, table in zip(work.splits[split], parts, strict=True):
             keys = list(table["key"])
-            there = pa.array([key if key in known else "" for key in keys])
-            table = table.remove_columns("key").add_column("key", there)
-            found.tables[split].append(work.put_in(source, table))
+            if known.isdisjoint(keys):
+                table = table.remove_columns(["key", "limit"])
+            else:
+                there = pa.array([key if key in known else "" for key in keys])
+                table = work.put_in(source, table.remove_columns("key").add_column("key", there))
+            found.tables[split].append(table)
             found.keys[split].append(keys)
     return found
 
@@ -111,6 +118,7 @@ def bases_of(work: Preparation, rows: Answered, measured: Measured) -> Bases:
         kept_to_make=len(kept_keys & set(requests)),
         cut=int((measured.cut & ~measured.lacks).sum()),
         empty=int(measured.empty.sum()),
+        reasons=rows.reasons,
         limit=work.bapo.anchors.max_new_tokens,
         engine=work.bapo.anchors.engine,
         store=str(work.store_path),

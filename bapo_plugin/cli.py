@@ -1,5 +1,6 @@
 """The `bapo` command.
 
+    bapo check CONFIG.yml [--rows N] [--json]
     bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain]
     bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
@@ -47,6 +48,39 @@ def _main(
 ) -> None:
     report_to_nobody()
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML of the training run.", exists=True)],
+    rows: Annotated[
+        int, typer.Option("--rows", "-r", help="Show so many rows as the model sees them.", min=0)
+    ] = 2,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object with the same facts, for programs."),
+    ] = False,
+) -> None:
+    """Show what can be known of a run before its model is loaded: bapo check config.yml --rows 3
+
+    CONFIG: the YAML of the training run.
+
+    Needs tokenizer and config of the model, not its weights, and makes no base responses. Rows
+    are rendered as for training and kept for it.
+
+    Exit code 2: an error that would stop the run. 1: something deserves a look. 0: all is well.
+
+    What deserves a look: a misspelt key; rows left out, cut or odd; identical rows; base responses
+    that equal chosen or rejected, say nothing, or of which more than a fifth were cut; no held-out
+    rows; prompts on both sides of the split, or in the files of bapo.keep and bapo.retention.
+    """
+    from bapo_plugin.commands.check import check
+
+    try:
+        code = check(config, rows, as_json)
+    except ValueError as error:
+        _fail(str(error))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Every difference between supported versions and faults of theirs to work around, nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "ForwardRedirection",
     "disable_gradient_checkpointing",
     "keep_4bit_trainable_on_cpu",
+    "only_reading",
     "route_evaluate_to_plugins",
     "use_adapter",
 ]
@@ -54,6 +56,23 @@ def route_evaluate_to_plugins(
 
     prepare_preference_datasets._bapo = True
     datasets.prepare_preference_datasets = prepare_preference_datasets
+
+
+@contextmanager
+def only_reading() -> Iterator[None]:
+    """Inside, axolotl's `load_cfg` validates and does nothing else: else it makes `output_dir`, deletes there the log of
+    a run that may still be going on, and prepares this process for sharded weights."""
+    from axolotl.cli import config
+
+    names = ("prepare_debug_log", "prepare_optim_env")
+    before = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, lambda cfg: None)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(config, name, function)
 
 
 def keep_4bit_trainable_on_cpu(model: Any) -> None:

@@ -265,6 +265,14 @@ def is_active(cfg: Mapping[str, Any]) -> bool:
     return cfg.get("trainer_cls") == TRAINER_CLS
 
 
+def not_bapo(config: Any) -> str:
+    """What is said of a YAML that our commands can't use."""
+    return (
+        f"{config} is not a configuration of BAPO: it needs `rl: bapo` (and, before axolotl 0.21, "
+        "`plugins: [bapo_plugin.BAPOPlugin]`)"
+    )
+
+
 def parse_block(block: Any) -> BAPOConfig:
     """Validate the `bapo:` block; every problem is named in one ValueError."""
     if isinstance(block, BAPOConfig):

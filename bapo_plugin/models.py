@@ -162,6 +162,21 @@ def answering_engine(
     return server, probe if anchors.server.probe else lambda: None
 
 
+def empty_model(cfg: Any) -> Any:
+    """The model of a configuration without weights: they aren't read, and its parameters take no memory.
+
+    Args:
+        cfg: axolotl's validated configuration.
+    """
+    from axolotl.loaders.utils import load_model_config
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(
+            load_model_config(cfg), trust_remote_code=bool(cfg.trust_remote_code)
+        )
+
+
 def check_room_for_reference(cfg: Any) -> None:
     """Without an adapter the reference is a second copy of the model: refuse early if it can't fit.
 
@@ -171,16 +186,10 @@ def check_room_for_reference(cfg: Any) -> None:
     Raises:
         ValueError: weights of policy, gradients and reference need more memory than is free.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if cfg.fsdp_config or cfg.fsdp or cfg.deepspeed:
         return  # shards: what is needed here depends on the number of GPUs
     try:
-        config = AutoConfig.from_pretrained(
-            cfg.base_model_config or cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)
-        )
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+        model = empty_model(cfg)
     except Exception:  # an unusual architecture: loading it will say more than this estimate could
         return
     dtype = cfg.torch_dtype if isinstance(cfg.torch_dtype, torch.dtype) else torch.float32

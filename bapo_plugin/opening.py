@@ -109,22 +109,27 @@ class Opening:
                     read,
                     encode,
                     fields,
+                    _kind_in_words(entry),
                     [dict(entry), base, identity],
                 )
             )
         return found
 
-    def prompts_to_keep(self, path: str) -> Source:
-        """The prompts of `bapo.keep`, written by the template of the chat data sets, else that of the YAML.
+    def prompts(self, path: str, key: str) -> Source:
+        """The prompts of a file, written by the template of the chat data sets, else that of the YAML.
+
+        Args:
+            path: see `read_prompts`.
+            key: of the YAML, which names the file.
 
         Raises:
             ValueError: the file can't be used, or there is no chat template.
         """
-        chats = read_prompts(path, "bapo.keep.prompts")
+        chats = read_prompts(path, key)
         texts = list(dict.fromkeys(json.dumps(chat) for chat in chats))
         if len(texts) < len(chats):
-            LOG.info(f"bapo.keep.prompts: {len(chats) - len(texts)} repeated prompts are left out")
-        name = f"bapo.keep.prompts ({path})"
+            LOG.info(f"{key}: {len(chats) - len(texts)} repeated prompts are left out")
+        name = f"{key} ({path})"
         template = next(iter(self.templates.values()), None)
         if template is None:
             template = self._template(DictDefault({}), name)
@@ -134,6 +139,7 @@ class Opening:
             Prompts(template),
             Encoder(self._tokenizer, from_template=True),
             fields_of({}, None),
+            "prompts",
             [template.text, str(self._now)],
         )
 
@@ -223,3 +229,10 @@ class Opening:
         """The token that ends a turn of the chat template, else the end of sequence."""
         ends = [template.end_id for template in self.templates.values()]
         return next(iter(ends), self._tokenizer.eos_token_id)
+
+
+def _kind_in_words(entry: Any) -> str:
+    kind = entry.get("type")
+    if isinstance(kind, str):
+        return kind
+    return "user_defined" if kind else "none: columns are rendered already"

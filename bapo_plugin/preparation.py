@@ -76,7 +76,7 @@ class Preparation:
             if cfg[split]
         }
         if keep and self.bapo.keep:
-            self.splits[KEEP] = [self._opening.prompts_to_keep(self.bapo.keep.prompts)]
+            self.splits[KEEP] = [self._opening.prompts(self.bapo.keep.prompts, "bapo.keep.prompts")]
         self._keep = not cfg.skip_prepare_dataset
         self._contents: dict[int, str] = {}
         self._file_lock = FileLock(
@@ -111,7 +111,7 @@ class Preparation:
         return found
 
     def rendered(self, keep: bool) -> dict[str, list[Dataset]]:
-        """Rows of each source, rendered and tokenised, perhaps without base responses (`rows.tokens.FEATURES`).
+        """The usable rows of each source, rendered and tokenised, perhaps without base responses.
 
         Args:
             keep: store them, for other processes and for a run that goes on.
@@ -119,8 +119,14 @@ class Preparation:
         Raises:
             ValueError: rows that can't be used.
         """
-        faults = Faults(self.folder, self.bapo.on_faulty)
-        policy = self.bapo.anchors.on_missing
+        return self.usable(self.all_rendered(keep))
+
+    def all_rendered(self, keep: bool) -> dict[str, list[Dataset]]:
+        """All rows of each source, those too that can't be used and say why (`rows.tokens.FEATURES`).
+
+        Args:
+            keep: see `rendered`.
+        """
         found: dict[str, list[Dataset]] = {}
         for split, sources in self.splits.items():
             found[split] = []
@@ -133,6 +139,22 @@ class Preparation:
                         rows = load_from_disk(str(path))
                 else:
                     rows = self._render(source)
+                found[split].append(rows)
+        return found
+
+    def usable(self, rendered: dict[str, list[Dataset]]) -> dict[str, list[Dataset]]:
+        """The rows that can be used, of `all_rendered`; the others are counted, written to a file and, by the policy,
+        left out.
+
+        Raises:
+            ValueError: there are others and they may not be left out, or what is left can't be trained on.
+        """
+        faults = Faults(self.folder, self.bapo.on_faulty)
+        policy = self.bapo.anchors.on_missing
+        found: dict[str, list[Dataset]] = {}
+        for split, sources in self.splits.items():
+            found[split] = []
+            for source, rows in zip(sources, rendered[split], strict=True):
                 rows = faults.take(source.name, rows, len(source.rows))
                 if policy != "generate" and split != KEEP:
                     rows = faults.take_missing(source.name, rows, source.fields.base, policy)
@@ -140,6 +162,10 @@ class Preparation:
         faults.settle(self._is_main)
         self._check_before_generating(found)
         return found
+
+    def prompts(self, path: str, key: str) -> Dataset:
+        """Prompts of a file, as `Opening.prompts`, rendered and tokenised."""
+        return self._render(self._opening.prompts(path, key))
 
     def _check_before_generating(self, rendered: dict[str, list[Dataset]]) -> None:
         """What depends on rows alone fails now, not when hours of generation are done."""
@@ -170,13 +196,13 @@ class Preparation:
         found = {}
         for split, sources in self.splits.items():
             parts = [
-                finish(self._put_in(source, rows), source.name, *policies)
+                finish(self.put_in(source, rows), source.name, *policies)
                 for source, rows in zip(sources, rendered[split], strict=True)
             ]
             found[split] = parts[0] if split == KEEP else merge_datasets(parts, self.cfg)
         return found
 
-    def _put_in(self, source: Source, rows: Dataset) -> Dataset:
+    def put_in(self, source: Source, rows: Dataset) -> Dataset:
         """Generated base responses into the rows that lack one."""
         if "key" not in rows.column_names:
             return rows

@@ -30,14 +30,41 @@ def load_datasets(cfg: Any) -> tuple[TrainDatasetMeta, Dataset | None]:
         ValueError: as `prepare_rows`, or prompts to keep are among those that `bapo.retention` watches.
     """
     bapo, tokenizer = parse_block(dict(cfg.bapo)), load_tokenizer(cfg)
+    check_watched_file(bapo)
+    found = Preparation(cfg, tokenizer, keep=True).rows()
+    kept = found.pop(KEEP, None)
+    train, evaluation = split_rows(cfg, found)
+    check_kept(bapo, tokenizer, kept, evaluation)
+    if cfg.debug:  # `axolotl preprocess --debug`
+        for row in train.select(range(min(3, len(train)))):
+            for name in TEXTS:
+                print(f"{name} ({len(row[f'{name}_ids'])} tokens): {row[name]!r}")
+    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
+    return TrainDatasetMeta(train, evaluation, steps), kept
+
+
+def check_watched_file(bapo: BAPOConfig) -> None:
+    """Refuse prompts that `bapo.keep` holds and a file of `bapo.retention` watches.
+
+    Raises:
+        ValueError: there are some, or a file can't be used.
+    """
     watched = bapo.retention.prompts if bapo.retention else None
     if bapo.keep and isinstance(watched, str):
         known = list(map(_words, read_prompts(bapo.keep.prompts, "bapo.keep.prompts")))
         chats = read_prompts(watched, "bapo.retention.prompts")
         _refuse_watched(bapo, sum(_words(chat) in known for chat in chats))
-    found = Preparation(cfg, tokenizer, keep=True).rows()
-    kept = found.pop(KEEP, None)
-    train, evaluation = _split(cfg, found)
+
+
+def check_kept(
+    bapo: BAPOConfig, tokenizer: Any, kept: Dataset | None, evaluation: Dataset | None
+) -> None:
+    """Say where prompts of `bapo.keep` are among the held-out rows.
+
+    Raises:
+        ValueError: `bapo.retention` watches those rows.
+    """
+    watched = bapo.retention.prompts if bapo.retention else None
     if kept is not None and evaluation is not None and (count := kept_among(evaluation, kept)):
         if isinstance(watched, int):
             asked = {tuple(row["prompt_ids"]) for row in kept.select_columns(["prompt_ids"])}
@@ -47,12 +74,6 @@ def load_datasets(cfg: Any) -> tuple[TrainDatasetMeta, Dataset | None]:
             f"{count} of {len(evaluation)} held-out rows have a prompt of bapo.keep.prompts: {bapo.keep.prompts}, so "
             "eval_drift/base on them says nothing about forgetting; take them out of one of the two"
         )
-    if cfg.debug:  # `axolotl preprocess --debug`
-        for row in train.select(range(min(3, len(train)))):
-            for name in TEXTS:
-                print(f"{name} ({len(row[f'{name}_ids'])} tokens): {row[name]!r}")
-    steps = math.ceil(len(train) * cfg.num_epochs / cfg.batch_size)
-    return TrainDatasetMeta(train, evaluation, steps), kept
 
 
 def prepare_rows(
@@ -73,10 +94,15 @@ def prepare_rows(
             `excess_length_strategy: raise`, a data set without its split, no row left, or base responses
             that can't be made; what was made is kept.
     """
-    return _split(cfg, Preparation(cfg, tokenizer, evaluation).rows())
+    return split_rows(cfg, Preparation(cfg, tokenizer, evaluation).rows())
 
 
-def _split(cfg: Any, found: dict[str, Dataset]) -> tuple[Dataset, Dataset | None]:
+def split_rows(cfg: Any, found: dict[str, Dataset]) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on and held-out rows, of prepared rows of `datasets` and perhaps `test_datasets`.
+
+    Raises:
+        ValueError: `val_set_size` leaves no row on a side.
+    """
     train, *test = found.values()
     if cfg.dataset_exact_deduplication:
         train, deduplicated = deduplicate_and_log_datasets(

@@ -16,7 +16,7 @@ from rich.text import Text
 from bapo_plugin.anchors.generate import shorten
 from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import shown
-from bapo_plugin.config import is_active
+from bapo_plugin.config import is_active, not_bapo
 from bapo_plugin.models import WHOLE
 from bapo_plugin.prepare import KEEP, Preparation
 from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
@@ -87,10 +87,7 @@ def explain_anchors(config: Path) -> None:
 def _open(config: Path) -> Preparation:
     cfg = load_cfg(str(config), **WHOLE)
     if not is_active(cfg):
-        raise ValueError(
-            f"{config} is not a configuration of BAPO: it needs `rl: bapo` (and, before axolotl 0.21, "
-            "`plugins: [bapo_plugin.BAPOPlugin]`)"
-        )
+        raise ValueError(not_bapo(config))
     return Preparation(cfg, load_tokenizer(cfg), keep=True)
 
 

@@ -9,6 +9,9 @@ from bapo_plugin.rows.errors import RowError
 
 Message = dict[str, Any]
 
+#: a row's problem
+IDENTICAL = "chosen and rejected are identical: there is no preference in it; remove the row"
+
 # keys under which a message may hold the model's thoughts
 REASONING = ("reasoning_content", "reasoning", "thinking")
 

@@ -24,6 +24,7 @@ class Source:
         read: row -> text.
         encode: text -> ids.
         fields: columns and keys.
+        kind: `type:` of its entry, for messages.
         identity: everything that its rendered rows depend on besides rows and tokenizer, for a cache key.
     """
 
@@ -32,6 +33,7 @@ class Source:
     read: Callable[[dict], RenderedRow]
     encode: Encoder
     fields: Fields
+    kind: str
     identity: Any
 
 

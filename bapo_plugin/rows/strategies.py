@@ -26,7 +26,7 @@ from bapo_plugin.rows.conversation import (
 )
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
-from bapo_plugin.rows.oddities import check_repeat, check_system, repeats
+from bapo_plugin.rows.oddities import IDENTICAL, check_repeat, check_system, repeats
 from bapo_plugin.rows.template import RenderedRow, has_words, tokens_of
 
 Row = dict[str, Any]
@@ -114,9 +114,7 @@ class StrategyRows:
                 "response changes; name the column of the chosen response with `field_chosen:`"
             )
         if texts["chosen"] == texts["rejected"]:
-            raise RowError(
-                "chosen and rejected are identical: there is no preference in it; remove the row"
-            )
+            raise RowError(IDENTICAL)
         words = _get(row, places["prompt"].slot) if places["prompt"] else texts["prompt"]
         check_system(row, texts["prompt"], None)
         for prompt in (words, texts["prompt"]):
@@ -134,6 +132,11 @@ class StrategyRows:
             words=words,
             notices=(notice,) if notice else (),
         )
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Part -> where it stood in the last row, as "column" or "column.-1.content"."""
+        return {name: ".".join(map(str, place.slot)) for name, place in self._last.items()}
 
     def _check_columns(self, row: Row) -> None:
         for name in ("chosen", "rejected"):

@@ -42,12 +42,12 @@ class Faults:
         faulty = where(rows, "problem", lambda text: text != "")
         if faulty:
             found = self._faulty if self._drop else self._fatal
-            found[name] = _numbered(rows, faulty, "problem")
+            found[name] = numbered(rows, faulty, "problem")
             if self._drop and len(faulty) == len(rows):
                 self._empty.append(
                     f"{name}: no row is left without those that can't be used, see {self.path}"
                 )
-        return _without(rows, faulty)
+        return without(rows, faulty)
 
     def take_missing(self, name: str, rows: Dataset, column: str | None, policy: str) -> Dataset:
         """The rows that have a base response; those that have none are skipped, or reported ("error")."""
@@ -73,7 +73,7 @@ class Faults:
             found = self._fatal.setdefault(name, [])
             found += [(numbers[i]["row"], text) for i in lacking]
             found.sort()
-        return _without(rows, lacking)
+        return without(rows, lacking)
 
     def settle(self, write: bool) -> None:
         """Say what was found.
@@ -135,7 +135,7 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
             f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut:,} rows cut, "
             f"{len(long):,} dropped, {len(rows) - cut - len(long):,} untouched"
         )
-    rows = _without(rows, long)
+    rows = without(rows, long)
     counts = np.concatenate(
         [
             np.array([len(ids) for ids in part["open_ids"]], dtype=np.int32)
@@ -228,6 +228,12 @@ def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]
     return rows.select(np.flatnonzero(~side)), rows.select(np.flatnonzero(side))
 
 
+def digest(ids: Any) -> int:
+    """64 bits of token ids."""
+    raw = np.asarray(ids, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+
+
 def _prompts(rows: Dataset, opened: bool = False) -> np.ndarray:
     """64 bits of each row's prompt, perhaps with the tokens of its base response that the model was asked with."""
     found = []
@@ -235,18 +241,31 @@ def _prompts(rows: Dataset, opened: bool = False) -> np.ndarray:
     for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
         for ids, *more in zip(*(part[name] for name in columns), strict=True):
             whole = np.concatenate([ids, more[0][: more[1]]]) if opened else ids
-            raw = np.asarray(whole, dtype=np.int32).tobytes()
-            found.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big"))
+            found.append(digest(whole))
     return np.array(found, dtype=np.uint64)
 
 
-def _say_notices(name: str, rows: Dataset, total: int) -> None:
+def notices_of(rows: Dataset) -> dict[str, list[int]]:
+    """What is odd in rows -> their numbers, from 1."""
     odd = where(rows, "notice", lambda text: text != "")
     found: dict[str, list[int]] = {}
-    for row, text in _numbered(rows, odd, "notice"):
+    for row, text in numbered(rows, odd, "notice"):
         for part in text.split("; "):
             found.setdefault(part, []).append(row)
-    for text, numbers in found.items():
+    return found
+
+
+def problems_of(rows: Dataset) -> dict[str, list[int]]:
+    """What makes rows unusable -> their numbers, from 1."""
+    faulty = where(rows, "problem", lambda text: text != "")
+    found: dict[str, list[int]] = {}
+    for row, text in numbered(rows, faulty, "problem"):
+        found.setdefault(text, []).append(row)
+    return found
+
+
+def _say_notices(name: str, rows: Dataset, total: int) -> None:
+    for text, numbers in notices_of(rows).items():
         first = ", ".join(map(str, numbers[:5])) + ("..." if len(numbers) > 5 else "")
         LOG.warning(f"{name}: in {len(numbers):,} of {total:,} rows {text} (rows {first})")
 
@@ -274,7 +293,7 @@ def _apply_on_cut(rows: Dataset, name: str, on_cut: str) -> Dataset:
         raise ValueError(
             f"{name}: no row is left without those whose base response was cut; see bapo.anchors.on_cut"
         )
-    return _without(rows, cut)
+    return without(rows, cut)
 
 
 def _report_long(name: str, rows: Dataset, long: list[int], limit: int) -> str:
@@ -292,12 +311,14 @@ def _report_long(name: str, rows: Dataset, long: list[int], limit: int) -> str:
     )
 
 
-def _numbered(rows: Dataset, indices: list[int], column: str) -> list[tuple[int, str]]:
+def numbered(rows: Dataset, indices: list[int], column: str) -> list[tuple[int, str]]:
+    """(number in the data set, from 1; cell) of the rows at these indices."""
     part = rows.select_columns(["row", column])
     return [(part[i]["row"], part[i][column]) for i in indices]
 
 
-def _without(rows: Dataset, dropped: list[int]) -> Dataset:
+def without(rows: Dataset, dropped: list[int]) -> Dataset:
+    """The rows but for those at these indices."""
     if not dropped:
         return rows
     kept = np.ones(len(rows), dtype=bool)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from bapo_plugin.rows.conversation import BaseResponse, Conversation
 from bapo_plugin.rows.ends import StopTexts, common_prefix, find_end
 from bapo_plugin.rows.errors import RowError
-from bapo_plugin.rows.oddities import REASONING, Message, with_text_arguments
+from bapo_plugin.rows.oddities import IDENTICAL, REASONING, Message, with_text_arguments
 
 _SPACE = re.compile(r"\s+")
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
@@ -115,9 +115,7 @@ class ChatTemplate:
                 notices.append(f"{name} brings an end of turn of its own, which was taken off")
             wholes.append(whole)
         if wholes[0] == wholes[1]:
-            raise RowError(
-                "chosen and rejected are identical: there is no preference in it; remove the row"
-            )
+            raise RowError(IDENTICAL)
         if base is not None:
             wholes.append(self._base(history, tools, ask, told, base))
         prompt = common_prefix([ask, *wholes])

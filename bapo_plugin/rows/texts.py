@@ -7,6 +7,7 @@ from bapo_plugin.rows.columns import IDS
 from bapo_plugin.rows.conversation import read_flag
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
+from bapo_plugin.rows.oddities import IDENTICAL
 from bapo_plugin.rows.template import RenderedRow
 from bapo_plugin.rows.tokens import Encoder, prepare_batch
 
@@ -35,9 +36,7 @@ class TextRows:
                 )
         prompt, chosen, rejected, base = (row[name] for name in names)
         if chosen == rejected:
-            raise RowError(
-                "chosen and rejected are identical: there is no preference in it; remove the row"
-            )
+            raise RowError(IDENTICAL)
         cut = read_flag(row.get("base_cut"), "base_cut")
         if not cut:
             base = self._stops.close(base)

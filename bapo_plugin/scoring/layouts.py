@@ -97,6 +97,15 @@ def choose_collator(
     return shared
 
 
+def refusal_by_settings(is_fsdp1: bool, has_aux_loss: bool) -> str | None:
+    """Why the prompt can't be shared whatever the model is; None where nothing speaks against it."""
+    if is_fsdp1:
+        return "with FSDP 1 it can't be tried out; set fsdp_version: 2"
+    if has_aux_loss:
+        return "the router's auxiliary loss would count a prompt once instead of three times"
+    return None
+
+
 class LateCollator:
     """Stands for a layout that is chosen after batches' loader is made: weights must be sharded first."""
 

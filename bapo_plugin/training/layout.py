@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bapo_plugin.scoring.collator import PaddedCollator, SharedPrefixCollator
-from bapo_plugin.scoring.layouts import choose_collator
+from bapo_plugin.scoring.layouts import choose_collator, refusal_by_settings
 from bapo_plugin.training.reference import first_of_all
 
 if TYPE_CHECKING:
@@ -28,11 +28,6 @@ def choose_layout(
     Raises:
         ValueError: see `choose_collator`.
     """
-    reason = None
-    if trainer.is_fsdp1:
-        reason = "with FSDP 1 it can't be tried out; set fsdp_version: 2"
-    elif trainer.aux_loss_enabled:
-        reason = "the router's auxiliary loss would count a prompt once instead of three times"
     accelerator = trainer.accelerator
     unwrap = accelerator.unwrap_model
     models = [trainer.model if model is None else model, trainer.ref_model]
@@ -46,7 +41,7 @@ def choose_layout(
         mixed_precision=accelerator.mixed_precision,
         autocast=accelerator.autocast,
         checkpointing=trainer.args.gradient_checkpointing_kwargs,
-        refused=reason,
+        refused=refusal_by_settings(trainer.is_fsdp1, trainer.aux_loss_enabled),
         device=accelerator.device if trainer.is_sharded else None,
         agree=lambda reason: first_of_all(reason, accelerator) if trainer.is_sharded else reason,
     )

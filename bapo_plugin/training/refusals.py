@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bapo_plugin.blocks import RetentionConfig
 from bapo_plugin.config import BAPOConfig
 from bapo_plugin.loss import PREFERENCE_LOSSES
 from bapo_plugin.runs import check_adapter, has_adapter
@@ -49,6 +50,19 @@ def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (DataParallel) would split a row's three responses; start "
             "one process a GPU (axolotl train does), or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def refuse_without_held_out(retention: RetentionConfig, has_held_out: bool) -> None:
+    """`bapo.retention` may want rows that aren't there.
+
+    Raises:
+        ValueError: it does.
+    """
+    if isinstance(retention.prompts, int) and not has_held_out:
+        raise ValueError(
+            f"bapo.retention.prompts: {retention.prompts} takes held-out rows, but there are none; set "
+            "val_set_size or test_datasets, or name a file with prompts"
         )
 
 

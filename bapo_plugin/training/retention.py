@@ -18,6 +18,7 @@ from bapo_plugin.compat import disable_gradient_checkpointing
 from bapo_plugin.scoring.forward import response_logits, within
 from bapo_plugin.scoring.reference import evaluating, reference_mode
 from bapo_plugin.scoring.retention import mean_and_error, measure
+from bapo_plugin.training.refusals import refuse_without_held_out
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -46,11 +47,8 @@ class RetentionCallback(TrainerCallback):
         self._chats: list[Chat] | None = None
         if isinstance(config.prompts, str):
             self._chats = read_prompts(config.prompts, "bapo.retention.prompts")
-        elif trainer.eval_dataset is None:
-            raise ValueError(
-                f"bapo.retention.prompts: {config.prompts} takes held-out rows, but there are none; set "
-                "val_set_size or test_datasets, or name a file with prompts"
-            )
+        else:
+            refuse_without_held_out(config, trainer.eval_dataset is not None)
         if config.every is None and trainer.args.eval_strategy == "no":
             raise ValueError(
                 "bapo.retention without `every` is measured with each evaluation, but eval_strategy is no; set "

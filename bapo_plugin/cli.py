@@ -52,7 +52,7 @@ def _main(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML of the training run.", exists=True)],
+    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
     rows: Annotated[
         int, typer.Option("--rows", "-r", help="Show so many rows as the model sees them.", min=0)
     ] = 2,
@@ -74,6 +74,8 @@ def check(
     that equal chosen or rejected, say nothing, or of which more than a fifth were cut; no held-out
     rows; prompts on both sides of the split, or in the files of bapo.keep and bapo.retention.
     """
+    _must_exist(config)
+    stay_offline([config])
     from bapo_plugin.commands.check import check
 
     try:

@@ -16,6 +16,7 @@ from rich.text import Text
 from bapo_plugin.anchors.generate import shorten
 from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import shown
+from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
 from bapo_plugin.models import WHOLE
 from bapo_plugin.prepare import KEEP, Preparation
@@ -85,7 +86,8 @@ def explain_anchors(config: Path) -> None:
 
 
 def _open(config: Path) -> Preparation:
-    cfg = load_cfg(str(config), **WHOLE)
+    with only_reading():
+        cfg = load_cfg(str(config), **WHOLE)
     if not is_active(cfg):
         raise ValueError(not_bapo(config))
     return Preparation(cfg, load_tokenizer(cfg), keep=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from bapo_plugin.answers.prompts import Asker
 from bapo_plugin.answers.stops import own_stops
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu, only_reading
 from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.evaluation.scaled import check_scalable
 from bapo_plugin.models import WHOLE, load_reference, reference_adapter
@@ -153,7 +153,8 @@ def load_adapters(
 
 
 def _load(config: Any, name: str, folders: list[Path], scales: Sequence[float]) -> Subject:
-    cfg = load_cfg(config, **WHOLE)
+    with only_reading():
+        cfg = load_cfg(config, **WHOLE)
     if not isinstance(config, str):
         Path(cfg.axolotl_config_path).unlink(missing_ok=True)  # axolotl wrote it to read it again
     if not cfg.adapter:

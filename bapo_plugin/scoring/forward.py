@@ -14,7 +14,6 @@ path: the model's own logits, of response tokens only, in fp32.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,10 +25,9 @@ from bapo_kernels import sequence_kl, sequence_logprobs
 from bapo_plugin.compat import ForwardRedirection
 from bapo_plugin.loss import per_response
 from bapo_plugin.scoring.collator import ANCHORED, BASE_TOKENS, KEPT, ROW, num_kept, num_rows
+from bapo_plugin.scoring.head import Head, inspect_head, is_plain_linear, replaced
 from bapo_plugin.scoring.shared_prefix import packed
 
-# values for the probe that bf16 and fp16 represent exactly
-_PROBE = (-40.0, -7.5, -1.0, -0.125, 0.0, 0.5, 3.0, 20.0, 64.0)
 _NOT_FOR_MODEL = (
     *("response_index", "response_labels", "cu_seqlens", "layout", "token_counts"),
     *(ROW, KEPT, ANCHORED, BASE_TOKENS, "is_repeated"),
@@ -54,13 +52,6 @@ class ForwardOutput(NamedTuple):
     base_tokens: Tensor | None = None
 
 
-class _Head(NamedTuple):
-    """How logits come from hidden states: softcap · tanh(scale · (h W^T + b) / softcap)."""
-
-    scale: float
-    softcap: float | None
-
-
 class ResponseForward:
     """Callable (model, batch) -> `ForwardOutput`.
 
@@ -78,7 +69,7 @@ class ResponseForward:
         self._base_tokens = base_tokens
         self._chunk_bytes: int | None = None  # the kernel's own
         # model -> its head, or the reason for the plain path
-        self._heads: WeakKeyDictionary[nn.Module, _Head | str] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, Head | str] = WeakKeyDictionary()
         self._failures: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._redirect = ForwardRedirection()
 
@@ -104,7 +95,7 @@ class ResponseForward:
             ValueError: a divergence is wanted, and the head isn't a plain frozen one.
         """
 
-        def run(spec: _Head | str, head: Any, kwargs: dict) -> ForwardOutput:
+        def run(spec: Head | str, head: Any, kwargs: dict) -> ForwardOutput:
             if isinstance(spec, str):
                 if reference_states is not None:
                     raise ValueError(_NO_DIVERGENCE.format(reason=spec))
@@ -120,7 +111,7 @@ class ResponseForward:
             ValueError: what the head makes of them isn't known.
         """
 
-        def run(spec: _Head | str, head: Any, kwargs: dict) -> Tensor:
+        def run(spec: Head | str, head: Any, kwargs: dict) -> Tensor:
             if isinstance(spec, str):
                 raise ValueError(_NO_DIVERGENCE.format(reason=spec))
             found: list[Tensor] = []
@@ -139,7 +130,7 @@ class ResponseForward:
         model: nn.Module,
         unwrapped: nn.Module,
         batch: dict[str, Any],
-        function: Callable[[_Head | str, Any, dict], Any],
+        function: Callable[[Head | str, Any, dict], Any],
         model_kwargs: dict[str, Any],
     ) -> Any:
         """Call a function with what is known of the head, the head, and the inputs, inside the model's wrapper."""
@@ -156,17 +147,17 @@ class ResponseForward:
             if spec is None:
                 spec = self._find_head(unwrapped, head, kwargs)
             # an adapter may have put another head in place (modules_to_save)
-            if not isinstance(spec, str) and not _is_plain_linear(head):
+            if not isinstance(spec, str) and not is_plain_linear(head):
                 spec = f"its output head is a {type(head).__name__}, not a plain linear layer"
             return function(spec, head, kwargs)
 
         return self._redirect(model, unwrapped, run, **inputs)
 
-    def _find_head(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
-        """`_inspect`, once; an exception may come from anywhere in the model, so it is tried again before it counts as
+    def _find_head(self, model: nn.Module, head: Any, kwargs: dict) -> Head | str:
+        """`inspect_head`, once; an exception may come from anywhere in the model, so it is tried again before it counts as
         a property of the head."""
         try:
-            spec = self._inspect(model, head, kwargs)
+            spec = inspect_head(model, head, kwargs)
         except Exception as error:  # a model that inspects its own logits, or a passing fault
             spec = (
                 f"{type(model).__name__} failed on probe logits ({type(error).__name__}: {error})"
@@ -179,39 +170,11 @@ class ResponseForward:
             self._log(f"log-probs come from the model's own logits of response tokens: {spec}")
         return spec
 
-    def _inspect(self, model: nn.Module, head: Any, kwargs: dict) -> _Head | str:
-        """Find out what the model does after its head; a string says why the plain path is needed."""
-        if not _is_plain_linear(head):
-            return f"its output head is a {type(head).__name__}, not a plain linear layer"
-        config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        spec = _Head(scale, float(softcap) if softcap else None)
-
-        def probe(hidden: Tensor) -> Tensor:
-            return torch.tensor(_PROBE, device=hidden.device, dtype=hidden.dtype).view(1, 1, -1)
-
-        # two tokens are enough to pass through every layer
-        short = {
-            k: v[:1, :2] if isinstance(v, Tensor) and v.dim() > 1 else v
-            for k, v in kwargs.items()
-            if k != "bapo_layout"
-        }
-        with torch.no_grad(), _replaced(head, probe):
-            seen = model(**short).logits
-        expected = torch.tensor(_PROBE, dtype=torch.float64) * spec.scale
-        if spec.softcap:
-            expected = spec.softcap * torch.tanh(expected / spec.softcap)
-        if torch.allclose(seen.cpu().double().view(-1), expected, rtol=0.02, atol=1e-3):
-            return spec
-        return f"{type(model).__name__} transforms its logits in a way that its config doesn't name"
-
     def _from_kernel(
         self,
         model: nn.Module,
         head: nn.Linear,
-        spec: _Head,
+        spec: Head,
         batch: dict,
         reference_states: Tensor | None,
         kwargs: dict,
@@ -243,7 +206,7 @@ class ResponseForward:
         return ForwardOutput(logps, getattr(outputs, "aux_loss", None), divergence, base_tokens)
 
     def _logps(
-        self, states: Tensor, head: nn.Linear, spec: _Head, batch: dict
+        self, states: Tensor, head: nn.Linear, spec: Head, batch: dict
     ) -> tuple[Tensor, Tensor | None]:
         """[S] of sequences, nats, and [T_b] of the base responses' tokens where they are wanted. With less temporary
         memory, from then on, where there was too little."""
@@ -366,7 +329,7 @@ def _call_with_head(
         calls += 1
         return forward(hidden)
 
-    with _replaced(head, counted), packed(model, kwargs.get("bapo_layout")):
+    with replaced(head, counted), packed(model, kwargs.get("bapo_layout")):
         outputs = model(**kwargs)
     if calls != 1:
         raise RuntimeError(f"{type(model).__name__} called its output head {calls} times, not once")
@@ -382,28 +345,3 @@ def _response_states(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
             "and then BAPO can't tell which of them are response tokens; use a LoRA-like adapter"
         )
     return hidden.reshape(-1, hidden.shape[-1])[batch["response_index"]]
-
-
-def _is_plain_linear(head: Any) -> bool:
-    return (
-        isinstance(head, nn.Linear)
-        and type(head).forward is nn.Linear.forward
-        and "forward" not in vars(head)  # hooks of accelerate that move weights in and out
-        and head.weight.is_floating_point()
-        and head.weight.device.type != "meta"
-    )
-
-
-@contextmanager
-def _replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]):
-    """Let `head(...)` run `forward`; hooks of the module still run."""
-    missing = object()
-    before = vars(head).get("forward", missing)
-    head.forward = forward
-    try:
-        yield
-    finally:
-        if before is missing:
-            del head.forward
-        else:
-            head.forward = before

@@ -46,7 +46,7 @@ def test_axolotl_accepts_it(path, monkeypatch):
     gpu = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_89"}
     checked = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
     assert checked.rl == "dpo" and checked.trainer_cls == TRAINER_CLS
-    assert checked.bapo["anchor_weight"] == 0.1
+    assert checked.bapo["anchor_weight"] == 0.05
     assert [entry["path"] for entry in checked.bapo["entries"]["datasets"]] == [
         entry["path"] for entry in load(path)["datasets"]
     ]

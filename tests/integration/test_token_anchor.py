@@ -68,7 +68,7 @@ def test_the_models_own_logits_give_the_same(tmp_path, monkeypatch):
 
     trainer = drifted(tmp_path)
     terms = trainer.objective(trainer.model, batch_of(trainer))
-    monkeypatch.setattr(forward.ResponseForward, "_inspect", lambda *args: "it is not to be known")
+    monkeypatch.setattr(forward, "inspect_head", lambda *args: "it is not to be known")
     plain = drifted(tmp_path)
     found = plain.objective(plain.model, batch_of(plain))
     torch.testing.assert_close(found.rows.anchor, terms.rows.anchor, rtol=1e-4, atol=1e-5)

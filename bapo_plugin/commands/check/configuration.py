@@ -89,6 +89,10 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
                 f"rl: {raw['rl']} trains {kind}, and the `bapo:` block has no effect; set rl: bapo"
             )
         raise ValueError(not_bapo(config))
+    for key in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
+        name = str(raw.get(key) or "")
+        if name.startswith((".", "/", "~")) and not Path(name).exists():
+            raise ValueError(f"{key}: {name}: there is no such folder; mend the path")
     try:
         with only_reading():
             # as `axolotl preprocess` does: bf16 is not refused where no GPU could compute in it

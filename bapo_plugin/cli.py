@@ -1,7 +1,7 @@
 """The `bapo` command.
 
     bapo check CONFIG.yml [--rows N] [--json]
-    bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain]
+    bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
     bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
     bapo chat RUN [--prompt TEXT] ...
@@ -25,7 +25,6 @@ from bapo_plugin.network import report_to_nobody, stay_offline
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Base-Anchored Preference Optimization: what goes with `rl: bapo` in axolotl.",
 )
@@ -104,6 +103,13 @@ def anchors(
             help="Say which responses are there, which would be made, and why; make none.",
         ),
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read all that was kept of base responses and reference log-probs, and check it; make none.",
+        ),
+    ] = False,
 ) -> None:
     """Make the base responses that rows lack, with the reference model, and keep them.
 
@@ -119,10 +125,12 @@ def anchors(
     if output and not output.parent.is_dir():
         _fail(f"--output: there is no folder {output.parent}")
     stay_offline([config])
-    from bapo_plugin.commands.anchors import explain_anchors, write_anchors
+    from bapo_plugin.commands.anchors import explain_anchors, verify_stores, write_anchors
 
     try:
-        if explain:
+        if verify:
+            verify_stores(config)
+        elif explain:
             explain_anchors(config)
         else:
             write_anchors(config, output)

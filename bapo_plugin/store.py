@@ -1,9 +1,10 @@
 """A small crash-safe store: what was computed once and must not be computed, or lost, again.
 
 One SQLite file. A write is on disk as a whole or not at all, whatever moment the process is killed at.
-Every entry carries a checksum of its own and all are verified when the store is opened, so that a
-damaged disk or a flipped bit is found: the file is then set aside, its sound entries are copied to a
-new one, and the run stops with a message. Several processes may use one store; by `claim` they share out work among
+Every entry carries a checksum of its own and is verified when it is read, so that a damaged disk or a
+flipped bit is found before it is used: the file is then set aside, its sound entries are copied to a
+new one, and the run stops with a message. Opening reads no entries, however many there are; `verify`
+reads them all. Several processes may use one store; by `claim` they share out work among
 themselves without doing it twice.
 """
 
@@ -62,9 +63,6 @@ class Store:
         with self._damage_is_fatal():
             self._db = _connect(self.path)
             self._file = self._inode()
-            fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if fault != "ok":
-                raise sqlite3.DatabaseError(fault)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > _VERSION:
                 raise ValueError(
@@ -75,19 +73,43 @@ class Store:
                 self._db.executescript(
                     f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT"
                 )
-            for kind, key, value, checksum in self._db.execute("SELECT * FROM entries"):
-                if checksum != _checksum(kind, key, value):
-                    raise sqlite3.DatabaseError(f"entry {key} doesn't match its checksum")
+
+    def verify(self) -> int:
+        """Read the whole file.
+
+        Returns:
+            The number of entries; all are sound.
+
+        Raises:
+            StoreDamaged: the file was set aside.
+        """
+        count = 0
+        with self._damage_is_fatal():
+            fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fault != "ok":
+                raise sqlite3.DatabaseError(fault)
+            for kind, *entry in self._db.execute("SELECT * FROM entries"):
+                _check(kind, *entry)
+                count += 1
+        return count
 
     def get(self, kind: str, keys: Iterable[str]) -> dict[str, bytes]:
-        """The entries that are there."""
+        """The entries that are there.
+
+        Raises:
+            StoreDamaged: one of them isn't sound; the file was set aside.
+        """
         keys, found = list(keys), {}
         with self._damage_is_fatal():
             for start in range(0, len(keys), _KEYS_A_QUERY):
                 part = keys[start : start + _KEYS_A_QUERY]
                 marks = ",".join("?" * len(part))
-                query = f"SELECT key, value FROM entries WHERE kind = ? AND key IN ({marks})"
-                found.update(self._db.execute(query, (kind, *part)))
+                query = (
+                    f"SELECT key, value, checksum FROM entries WHERE kind = ? AND key IN ({marks})"
+                )
+                for key, value, checksum in self._db.execute(query, (kind, *part)):
+                    _check(kind, key, value, checksum)
+                    found[key] = value
         return found
 
     def put(self, kind: str, entries: Mapping[str, bytes], done: Iterable[str] = ()) -> None:
@@ -275,6 +297,11 @@ def _readable(path: Path) -> Iterator[tuple]:
 def _checksum(kind: str, key: str, value: bytes) -> bytes:
     head = f"{kind}\0{key}\0".encode()
     return hashlib.blake2b(head + value, digest_size=8).digest()
+
+
+def _check(kind: str, key: str, value: bytes, checksum: bytes) -> None:
+    if not isinstance(value, bytes) or checksum != _checksum(kind, key, value):
+        raise sqlite3.DatabaseError(f"entry {key} doesn't match its checksum")
 
 
 def _alive(host: str, pid: int, started: float, renewed: float) -> bool:

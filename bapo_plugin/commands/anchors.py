@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.cli.config import load_cfg
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.loaders import load_tokenizer
 from datasets import Dataset
 from rich.console import Console
@@ -19,9 +20,11 @@ from bapo_plugin.answers.engine import shown
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
 from bapo_plugin.models import WHOLE
+from bapo_plugin.opening import store_path
 from bapo_plugin.prepare import KEEP, Preparation
 from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
 from bapo_plugin.rows.sources import Source
+from bapo_plugin.scoring.reference import FILE
 from bapo_plugin.store import Store
 
 
@@ -85,11 +88,35 @@ def explain_anchors(config: Path) -> None:
     Console().print(table)
 
 
-def _open(config: Path) -> Preparation:
+def verify_stores(config: Path) -> None:
+    """Read all that is kept for a configuration.
+
+    Raises:
+        StoreDamaged: an entry isn't sound; the file was set aside.
+    """
+    cfg = _load(config)
+    folder = Path(cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH)
+    for content, file in (
+        ("base responses", store_path(cfg)),
+        ("reference log-probs", folder / FILE),
+    ):
+        if not file.is_file():
+            print(f"There are no {content} in {file}")
+            continue
+        with Store(file, content) as store:
+            print(f"{store.verify():,} entries of {content} in {file}: all are sound")
+
+
+def _load(config: Path) -> Any:
     with only_reading():
         cfg = load_cfg(str(config), **WHOLE)
     if not is_active(cfg):
         raise ValueError(not_bapo(config))
+    return cfg
+
+
+def _open(config: Path) -> Preparation:
+    cfg = _load(config)
     return Preparation(cfg, load_tokenizer(cfg), keep=True)
 
 

@@ -113,6 +113,10 @@ class _Place:
             raise ValueError(
                 f"{path}: no such folder; name the output_dir of a run, or a checkpoint in it"
             )
+        if path.suffix in (".yml", ".yaml"):
+            raise ValueError(
+                f"{path}: is a configuration, not what a run has written; name the folder in its output_dir"
+            )
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
             states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]

@@ -31,6 +31,7 @@ from bapo_plugin.store import Store
 
 COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats
 TOKENS_COLUMN = "reference_base_logps"  # and of each token of their base response, nats
+FILE = "bapo-reference.sqlite"  # in dataset_prepared_path
 _NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")
 
 

@@ -19,6 +19,7 @@ from bapo_plugin.scoring.collator import BASE_TOKENS, ROW, num_kept, num_rows
 from bapo_plugin.scoring.forward import ForwardOutput
 from bapo_plugin.scoring.reference import (
     COLUMN,
+    FILE,
     ReferenceCache,
     ReferenceLogps,
     base_lengths,
@@ -246,7 +247,7 @@ class Reference:
 
         key = self._key(unwrapped) if self._cache_dir else ""
         return ReferenceCache(
-            Path(self._cache_dir) / "bapo-reference.sqlite" if self._cache_dir else None,
+            Path(self._cache_dir) / FILE if self._cache_dir else None,
             compute,
             trainer.collate,
             accelerator,

@@ -150,7 +150,13 @@ class RetentionCallback(TrainerCallback):
             rows = trainer.eval_dataset
             if isinstance(rows, dict):
                 rows = next(iter(rows.values()))
-            return held_out_answers(rows, trainer.processing_class, self._config.prompts)
+            found = held_out_answers(rows, trainer.processing_class, self._config.prompts)
+            if len(found) < self._config.prompts and trainer.accelerator.is_main_process:
+                LOG.warning(
+                    f"bapo.retention.prompts: {self._config.prompts} are wanted, but the held-out rows have {len(found)} "
+                    "distinct prompts: those are watched"
+                )
+            return found
         bar = tqdm(
             total=len(self._chats),
             desc="Former answers of the prompts to watch",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from datasets import Dataset
@@ -216,7 +217,16 @@ def test_bapo_eval_measures_the_held_out_rows(runs, folder):
     last = [entry for entry in log if "eval_drift/base" in entry][-1]
     drift = found["retention"]["after"]["out"]["drift"]["value"]
     assert drift == pytest.approx(last["eval_drift/base"], abs=1e-3) and abs(drift) > 1e-3
-    assert found["retention"]["prompts"] == 4 and len(found["samples"]) == 4
+    assert found["retention"]["prompts"] == 4 and found["probe"]["prompts"] == 48
+
+
+def test_bapo_anchors_verify_reads_all_that_was_kept(runs, folder):
+    result = CliRunner().invoke(app, ["anchors", str(config(folder)), "--verify"])
+    assert result.exit_code == 0, result.output
+    counts = dict(
+        re.findall(r"([\d,]+) entries of (base responses|reference log-probs)", result.output)
+    )
+    assert len(counts) == 2 and all(int(n) > 10 for n in counts), result.output
 
 
 def test_bapo_report_shows_how_runs_differ(runs, folder):

@@ -531,3 +531,9 @@ def test_the_first_glance_says_what_was_not_measured(tmp_path):
     text = Page(tmp_path / "r.html").text
     assert "75% of training pairs; there were no held-out ones" in text
     assert "bapo eval asks 48 unrelated prompts" in text
+
+
+def test_a_yaml_is_not_a_run(tmp_path):
+    path = write(tmp_path / "run.yml", "rl: bapo")
+    with pytest.raises(ValueError, match="run.yml: is a configuration, .* name the folder in its"):
+        write_report([path], tmp_path / "r.html")

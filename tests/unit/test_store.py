@@ -58,23 +58,32 @@ def test_killed_while_writing(tmp_path):
         }
 
 
+def read(path, keys, whole):
+    with Store(path, "base responses") as store:
+        if whole:
+            store.verify()
+        return store.get("a", keys)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["read", "verified"])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_bit_is_found_or_harmless(tmp_path, seed):
+def test_a_flipped_bit_is_found_or_harmless(tmp_path, seed, whole):
     path = tmp_path / "s.sqlite"
     values = {f"key{i}": f"value {i} ".encode() * 20 for i in range(300)}
     with Store(path, "base responses") as store:
         store.put("a", values)
+        assert store.verify() == 300
     raw = bytearray(path.read_bytes())
     place = random.Random(seed).randrange(len(raw))
     raw[place] ^= 1 << (seed % 8)
     path.write_bytes(raw)
     try:
-        found = content(path)
+        found = read(path, values, whole)
     except StoreDamaged as error:
         assert "set aside as s.sqlite.damaged-" in str(error)
         (aside,) = tmp_path.glob("s.sqlite.damaged-*")
         assert aside.read_bytes() == raw
-        found = content(path)
+        found = read(path, values, whole)
         assert len(found) > 150, "sound entries were lost"
     except ValueError as error:  # the flipped bit is in the number of the format
         assert "newer version" in str(error)
@@ -199,3 +208,25 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be made: .*; name another dataset_prepared_path"):
         Store(tmp_path / "file" / "store.sqlite")
+
+
+def test_opening_reads_no_entries(tmp_path):
+    """Else a store of a million answers takes ten seconds, in every process."""
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        store.put("a", {str(i): bytes(1000) for i in range(3000)})
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    seen = []
+    with Store(path) as store:
+        store._db.set_progress_handler(lambda: seen.append(1), 100)
+        assert store.get("a", ["7"]) == {"7": bytes(1000)}
+    assert pages > 700 and len(seen) < 20, "more was read than one entry"
+    # a damaged entry is found by who reads it, and by `verify`
+    db = sqlite3.connect(path)
+    db.execute("UPDATE entries SET value = x'00' WHERE key = '8'")
+    db.commit()
+    db.close()
+    with Store(path) as store:
+        assert store.get("a", ["7"]) == {"7": bytes(1000)}
+        with pytest.raises(StoreDamaged, match="entry 8 .* 2999 sound entries"):
+            store.verify()

@@ -47,7 +47,7 @@ class BAPOConfig(Block):
         default=TOKEN_WEIGHT,
         json_schema_extra={
             "description": "Weight λ of the anchor, in the unit of rl_beta, of which the default is a half. A smaller one "
-            "learns faster and lets former answers lose more (README, Evidence). 0 gives DPO. auto: found while training, "
+            "learns faster and lets former answers lose more (docs/evidence.md). 0 gives DPO. auto: found while training, "
             f"so that base responses lose `drift_limit`. Default: {TOKEN_WEIGHT} with anchor_level: token, else {RESPONSE_WEIGHT}."
         },
     )

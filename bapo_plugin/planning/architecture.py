@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,7 +32,9 @@ def read_config(source: str | Path, settings: RunSettings | None = None) -> Pret
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise ValueError(f"{source}: the folder has no config.json; name the model's own folder")
+            raise ValueError(
+                f"{source}: the folder has no config.json; name the model's own folder"
+            )
     remote = bool(settings and settings.trust_remote_code)
     changes = settings.model_overrides if settings else {}
     try:
@@ -66,11 +67,17 @@ def read_config(source: str | Path, settings: RunSettings | None = None) -> Pret
 
 
 def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")[:200] if str(error).strip() else "no reason given"
+    return (
+        str(error).strip().splitlines()[0].rstrip(".")[:200]
+        if str(error).strip()
+        else "no reason given"
+    )
 
 
 def build(
-    config: PretrainedConfig, settings: RunSettings, layer: Callable[[nn.Linear], nn.Module] | None = None
+    config: PretrainedConfig,
+    settings: RunSettings,
+    layer: Callable[[nn.Linear], nn.Module] | None = None,
 ) -> nn.Module:
     """The model with its adapter on the meta device, in the dtype of training.
 
@@ -103,7 +110,11 @@ def build(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings.adapter))
+        model = get_peft_model(
+            model,
+            LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings.adapter),
+            low_cpu_mem_usage=True,
+        )
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the adapter doesn't go with this model: {_first(error)}") from error
     for parameter in model.parameters():

@@ -21,9 +21,9 @@ CARDS = (
     Card("RTX 3090", 24, 71.2, 936),
     Card("RTX 4090", 24, 165.2, 1008),
     Card("RTX 5090", 32, 209.5, 1792),
-    Card("L4", 24, 60.5, 300),
+    Card("L4", 24, 121.0, 300),
     Card("A10", 24, 125.0, 600),
-    Card("L40S", 48, 181.0, 864),
+    Card("L40S", 48, 362.0, 864),
     Card("A100 40GB", 40, 312.0, 1555),
     Card("A100 80GB", 80, 312.0, 2039),
     Card("H100 80GB", 80, 989.4, 3350),
@@ -46,7 +46,9 @@ def find_card(name: str) -> Card:
     if found:
         raise ValueError(f"--gpu: {name!r} may be one of {names}; name one of them")
     near = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=1)
-    hint = next((f"did you mean {c.name}? " for c in CARDS if near and _plain(c.name) == near[0]), "")
+    hint = next(
+        (f"did you mean {c.name}? " for c in CARDS if near and _plain(c.name) == near[0]), ""
+    )
     raise ValueError(
         f"--gpu: {name!r} is no card of the table; {hint}Give its memory with --vram (GiB) instead, or one of {names}"
     )

@@ -68,9 +68,7 @@ def optimizer_bytes(name: str, sizes: Iterable[int], itemsize: int) -> int:
     count, width = _STATES.get(name, _STATES["adamw_torch"])
     if width != 1:
         return count * sum(sizes) * (width or itemsize)
-    return sum(
-        count * (n + 4 * ceil(n / _8BIT_BLOCK) if n >= _8BIT_MIN else 4 * n) for n in sizes
-    )
+    return sum(count * (n + 4 * ceil(n / _8BIT_BLOCK) if n >= _8BIT_MIN else 4 * n) for n in sizes)
 
 
 def optimizer_step_bytes(name: str, elements: int, itemsize: int) -> int:

@@ -5,7 +5,7 @@ collators, on torch's fake tensors: shapes, dtypes and lifetimes are those of a 
 would do otherwise than a GPU is stood in for: weights dequantised for one product, flash attention of variable length,
 LayerNorm in fp32 under autocast, and the log-prob kernels, whose temporaries `memory` states.
 
-A step is rehearsed with two and with four layers; what more layers add follows, since layers repeat.
+A step is rehearsed with two and with three layers; what more layers add follows, since layers repeat.
 """
 
 import copy
@@ -21,8 +21,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from bapo_plugin.planning import memory
@@ -36,13 +37,16 @@ from bapo_plugin.scoring.layouts import refusal
 KEPT, BACKWARD, HEAD, DEQUANTISED, REFERENCE = (
     *("kept", "backward", "head", "dequantised", "reference"),
 )
-_DEPTHS = (2, 4)
+_DEPTHS = (2, 3)
 _FLASH_WIDTH = 256
+#: TRL 1.14 has a kernel of its own for log-probs, 1.9 hasn't; what was measured is with it
+TRL_IS_FUSED = find_spec("trl.kernels") is not None
 
 
 class Peaks(dict[str, Counter[str]]):
-    """"forward" and "backward" -> bytes by purpose when most was allocated in that pass; "written" -> bytes of
-    everything that was ever allocated."""
+    """ "forward" and "backward" -> bytes by purpose when most was allocated in that pass; "written" -> bytes of
+    everything that was ever allocated; "flops" -> floating point operations of products; "calls" -> operations that the
+    host starts."""
 
     @property
     def bytes(self) -> int:
@@ -61,14 +65,19 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, known: Iterator[Tensor], vocabulary: int):
         super().__init__()
         self.purpose, self.phase = KEPT, "forward"
-        self.found = Peaks(forward=Counter(), backward=Counter(), written=Counter())
+        names = ("forward", "backward", "written", "flops", "calls")
+        self.found = Peaks({name: Counter() for name in names})
         self._vocabulary = vocabulary
         self._live: Counter[str] = Counter()
         self._most = {"forward": 0, "backward": 0}
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.found["calls"][self.purpose] += not func.is_view
+        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+            self.found["flops"][self.purpose] += flops(*args, **kwargs, out_val=out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -103,8 +112,10 @@ class _Tracker(TorchDispatchMode):
             self.purpose = before
 
     @contextmanager
-    def held(self, size: int) -> Iterator[None]:
+    def held(self, size: int, flops: int) -> Iterator[None]:
         """Temporaries of a kernel, for the length of a call."""
+        self.found["flops"][HEAD] += flops
+        self.found["written"][HEAD] += size
         self._live[HEAD] += size
         self._look()
         yield
@@ -149,7 +160,9 @@ class _Flash(torch.autograd.Function):
     """Attention that keeps its inputs, its output and a log-sum-exp a query."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, longest):
+        ctx.flops = 2 * q.numel() * longest  # two products, half of the keys on average
+        _TRACKER[-1].found["flops"][KEPT] += ctx.flops
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
@@ -157,21 +170,22 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _TRACKER[-1].found["flops"][BACKWARD] += ctx.flops * 5 // 2
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
 class _Scored(torch.autograd.Function):
     """bapo_kernels: from states to the sum of their log-probs; keeps a gradient for each, [T, H]."""
 
     @staticmethod
-    def forward(ctx, states, temporaries):
+    def forward(ctx, states, temporaries, flops):
         ctx.save_for_backward(torch.empty_like(states))
-        with _TRACKER[-1].held(temporaries):
+        with _TRACKER[-1].held(temporaries, flops):
             return states.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.empty_like(ctx.saved_tensors[0]), None
+        return torch.empty_like(ctx.saved_tensors[0]), None, None
 
 
 class _Selected(torch.autograd.Function):
@@ -193,7 +207,9 @@ class _LikeNF4(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        return _Dequantised.apply(x.to(self.weight.dtype), self.weight, self.bias, self.bits).to(dtype)
+        return _Dequantised.apply(x.to(self.weight.dtype), self.weight, self.bias, self.bits).to(
+            dtype
+        )
 
 
 class _LikeInt8(_LikeNF4):
@@ -249,7 +265,9 @@ def _flash_attention() -> Iterator[None]:
         )
 
     if before[0] is not None:
-        shared_prefix._VARLEN = lambda q, k, v, *_, **__: _Flash.apply(q, k, v)
+        shared_prefix._VARLEN = lambda q, k, v, _cu_q, _cu_k, _most_q, longest, **_: _Flash.apply(
+            q, k, v, longest
+        )
         shared_prefix._has_varlen = has_varlen
     try:
         yield
@@ -322,7 +340,11 @@ class Rehearsal:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) and settings.autocast:
                 _in_fp32(module)
-            elif isinstance(module, LoraLinear) and settings.bits < 16 and not settings.adapter.get("use_dora"):
+            elif (
+                isinstance(module, LoraLinear)
+                and settings.bits < 16
+                and not settings.adapter.get("use_dora")
+            ):
                 _as_quantised(module)
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -359,7 +381,9 @@ class Rehearsal:
             {
                 phase: Counter(
                     {
-                        purpose: _extrapolate(self._depths, [f[phase][purpose] for f in found], self._layers)
+                        purpose: _extrapolate(
+                            self._depths, [f[phase][purpose] for f in found], self._layers
+                        )
                         for purpose in {*found[0][phase], *found[1][phase]}
                     }
                 )
@@ -397,7 +421,7 @@ class Rehearsal:
             if self.padded_because
             else SharedPrefixCollator(anchored=held)
         )
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             batch = collate.pack(made) if hasattr(collate, "pack") else collate(made)
             for part in (batch, batch.get(ANCHORED)):
                 if part and "layout" in part:
@@ -407,7 +431,9 @@ class Rehearsal:
     def _states(self, model: nn.Module, batch: dict[str, Any], function: Any) -> Any:
         head = model.get_output_embeddings()
         index, found = batch["response_index"], []
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        inputs = {
+            k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
+        }
         if "layout" in batch:
             inputs["bapo_layout"] = batch["layout"]
 
@@ -431,19 +457,23 @@ class Rehearsal:
 
         def score(states: Tensor) -> Tensor:
             with _taking(HEAD):
+                gradient = 1 + torch.is_grad_enabled()
+                product = 2 * vocabulary * width
                 size = memory.kernel_bytes(len(states), width, vocabulary, backend)
-                total = _Scored.apply(states, size)
+                total = _Scored.apply(states, size, gradient * product * len(states))
                 if reference is not None:
                     own = states[len(states) - len(reference) :]
                     size = memory.divergence_bytes(len(own), width, vocabulary, backend)
-                    total = total + _Scored.apply(own, size)
+                    total = total + _Scored.apply(own, size, 5 * product * len(own))
             return total
 
         return self._states(model, batch, score)
 
     # ------------------------------------------------------------ TRL's
 
-    def _dpo(self, model: nn.Module, tracker: _Tracker, rows: Sequence, precomputed: bool) -> Tensor:
+    def _dpo(
+        self, model: nn.Module, tracker: _Tracker, rows: Sequence, precomputed: bool
+    ) -> Tensor:
         longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in rows)
         ids = torch.zeros(2 * len(rows), longest, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -457,14 +487,17 @@ class Rehearsal:
         # its metrics take the logits of one response of each row
         most = max(sum(row[1] for row in rows), sum(row[2] for row in rows))
         logits.new_empty(most, logits.shape[-1])
+        if not TRL_IS_FUSED:
+            logits.detach().reshape(-1, logits.shape[-1])  # for the entropy
         return loss
 
 
 def _selected(logits: Tensor) -> Tensor:
-    """TRL from 1.10 on has a fused kernel; before, log-probs of all tokens and words in fp32."""
-    if find_spec("trl.kernels") is not None:
+    """TRL's log-probs of labels; the fused kernel, or in fp32 row by row as before it."""
+    if TRL_IS_FUSED:
         return _Selected.apply(logits)
-    return torch.stack([F.log_softmax(row.float(), -1)[..., 0] for row in logits])
+    label = torch.zeros(logits.shape[1], 1, dtype=torch.long)
+    return torch.stack([F.log_softmax(row.float(), -1).gather(-1, label) for row in logits])
 
 
 def _attention(config: PretrainedConfig, settings: RunSettings) -> str:

@@ -136,7 +136,9 @@ def read_settings(path: Path, **changes: Any) -> tuple[RunSettings, dict[str, An
     settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
     prompt, response = settings.row
     if prompt < 1 or response < 1:
-        raise ValueError(f"sequence_len: {settings.sequence_len} leaves no room for a prompt and a response")
+        raise ValueError(
+            f"sequence_len: {settings.sequence_len} leaves no room for a prompt and a response"
+        )
     return settings, cfg
 
 
@@ -170,7 +172,9 @@ def _lora(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.get("lora_target_linear") or modules == "all-linear":
         targets = "all-linear"
     if not targets and not cfg.get("lora_target_parameters"):
-        raise ValueError("lora_target_modules: is empty; name modules, or set lora_target_linear: true")
+        raise ValueError(
+            "lora_target_modules: is empty; name modules, or set lora_target_linear: true"
+        )
     options = {
         "r": rank,
         "lora_alpha": cfg.get("lora_alpha") or rank,

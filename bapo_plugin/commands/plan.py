@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,10 @@ from bapo_plugin.planning.speed import seconds
 ERROR = (
     "What a step allocates is within 4% of the peaks measured on H100 and H200 (benchmarks/results/step-gpu.csv); context and "
     "fragmentation are assumed."
+)
+TIME_ERROR = (
+    "Times are fitted to steps on H100 and H200, within 12% where the card decides; other cards are scaled by their published "
+    "figures and weren't measured."
 )
 _LETTERS = dict(zip(PARTS, "WRAGOKBDLPUC", strict=True))
 
@@ -160,6 +165,8 @@ def _notes(settings: RunSettings) -> list[str]:
     notes = [
         "Making base responses before training takes memory of its own: bapo.anchors.batch_tokens."
     ]
+    if settings.dtype == torch.float32:
+        notes.append("bf16 and fp16 are off: computed in fp32.")
     if not memory.knows_optimizer(settings.optimizer):
         notes.append(
             f"optimizer: {settings.optimizer} isn't known here and counted as adamw_torch."
@@ -216,9 +223,9 @@ def _show_time(console: Console, found: dict[str, Any]) -> None:
         return
     rows = found["rows"] or 1000
     steps = -(-rows // found["rows_a_step"])
-    per = f"an epoch of {rows:,} rows" if found["rows"] else "1,000 rows"
-    table = Table(title=f"Time, if all rows are as long as these: {steps:,} steps for {per}")
-    for name in ("card", "GB", "BAPO fits", "s a step", f"h for {per}", "DPO, h"):
+    what = "an epoch" if found["rows"] else "1,000 rows"
+    table = Table(title=f"Time of {what}: {rows:,} rows as long as these, {steps:,} steps")
+    for name in ("card", "GB", "BAPO fits", "a step", "BAPO", "TRL's DPO"):
         table.add_column(name, justify="left" if name == "card" else "right")
     for card in found["cards"]:
         step, dpo = card["seconds_a_step"], card["seconds_a_step_dpo"]
@@ -226,14 +233,18 @@ def _show_time(console: Console, found: dict[str, Any]) -> None:
             card["name"],
             f"{card['vram_gib']:g}",
             "yes" if card["fits"] else "no",
-            f"{step:.1f}",
-            f"{step * steps / 3600:.2f}",
-            f"{dpo * steps / 3600:.2f}",
+            f"{step:.1f} s",
+            _duration(step * steps),
+            _duration(dpo * steps),
         )
     console.print(table)
-    console.print(
-        "Fitted to steps on H100 and H200, within 12% where the card decides; other cards by their published figures."
-    )
+    console.print(TIME_ERROR)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _count_rows(written: dict[str, Any]) -> int | None:

@@ -89,19 +89,15 @@ def build(
     Raises:
         ValueError: transformers has no causal LM of this kind, or the adapter's targets aren't there.
     """
-    before = torch.get_default_dtype()
     try:
         with torch.device("meta"):
-            torch.set_default_dtype(settings.dtype)
             model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=settings.trust_remote_code
+                config, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
             )
     except (ValueError, ImportError, AttributeError, KeyError) as error:
         raise ValueError(
             f"a model of model_type {config.model_type!r} can't be built ({_first(error)})"
         ) from error
-    finally:
-        torch.set_default_dtype(before)
     if layer is not None and settings.bits < 16:
         for parent, name, linear in _quantised(model):
             setattr(parent, name, layer(linear))
@@ -124,13 +120,14 @@ def build(
 
 
 def _quantised(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """What transformers gives to bitsandbytes: every linear layer but the output head."""
+    """What transformers gives to bitsandbytes: every linear layer but the output head. Those of an adapter come later
+    and stay as they are."""
     head = model.get_output_embeddings()
     return [
         (parent, name, child)
-        for parent in model.modules()
+        for path, parent in model.named_modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child is not head
+        if type(child) is nn.Linear and child is not head and "lora_" not in path
     ]
 
 
@@ -139,35 +136,28 @@ class Counts:
     """What a model has.
 
     Args:
-        weights: bytes of frozen or trained base weights as the run loads them; tied ones once.
-        base_parameters: elements of the base model; tied ones once.
-        linear: elements of the layers' matrices, which a token passes through once.
+        weights: bytes of base weights as the run loads them; tied ones once.
+        parameters: elements of the base model; tied ones once.
         trained: elements of each trained tensor.
-        width, vocabulary, layers: of the text model.
-        head_dims: query heads times their width, for the FLOPs of attention.
     """
 
     weights: int
-    base_parameters: int
-    linear: int
+    parameters: int
     trained: tuple[int, ...]
-    width: int
-    vocabulary: int
-    layers: int
-    head_dims: int
 
 
 def count(config: PretrainedConfig, settings: RunSettings) -> Counts:
     """Count a model's parameters and bytes, without its weights."""
-    bare = build(config, settings.without_adapter())
-    quantised = {id(child.weight): child.weight for _, _, child in _quantised(bare)}
-    head = bare.get_output_embeddings()
-    weights = elements = linear = 0
-    for name, parameter in bare.named_parameters():  # tied ones come once
+    model = build(config, settings)
+    base = model.get_base_model() if settings.adapter else model
+    quantised = {id(layer.weight) for _, _, layer in _quantised(base)}
+    own = {id(p) for p in model.parameters() if p.requires_grad} if settings.adapter else set()
+    weights = elements = 0
+    for name, parameter in base.named_parameters():  # tied ones come once
+        if id(parameter) in own:
+            continue
         n = parameter.numel()
         elements += n
-        is_matrix = parameter.dim() > 1 and "embed" not in name and parameter is not head.weight
-        linear += _used_elements(config, parameter) if is_matrix else 0
         if id(parameter) in quantised and settings.bits == 4:
             weights += nf4_bytes(n, settings.double_quant)
         elif id(parameter) in quantised and settings.bits == 8:
@@ -175,25 +165,5 @@ def count(config: PretrainedConfig, settings: RunSettings) -> Counts:
         else:
             upcast = settings.bits < 16 and not any(k in name for k in _KEPT_IN_16_BITS)
             weights += n * (4 if upcast else settings.dtype.itemsize)
-    model = build(config, settings) if settings.adapter else bare
     trained = tuple(p.numel() for p in model.parameters() if p.requires_grad)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Counts(
-        weights,
-        elements,
-        linear,
-        trained,
-        config.hidden_size,
-        head.weight.shape[0],
-        config.num_hidden_layers,
-        heads * head_dim,
-    )
-
-
-def _used_elements(config: PretrainedConfig, parameter: nn.Parameter) -> int:
-    """Elements that one token meets: of stacked experts those that the router chooses."""
-    if parameter.dim() < 3:
-        return parameter.numel()
-    chosen = getattr(config, "num_experts_per_tok", None) or parameter.shape[0]
-    return parameter.numel() // parameter.shape[0] * min(chosen, parameter.shape[0])
+    return Counts(weights, elements, trained)

@@ -8,16 +8,16 @@ from transformers import PretrainedConfig
 
 from bapo_plugin.planning import memory
 from bapo_plugin.planning.architecture import Counts, count
-from bapo_plugin.planning.rehearsal import (
+from bapo_plugin.planning.rehearsal import Rehearsal
+from bapo_plugin.planning.settings import RunSettings
+from bapo_plugin.planning.tracker import (
     BACKWARD,
     DEQUANTISED,
     HEAD,
     KEPT,
     REFERENCE,
     Peaks,
-    Rehearsal,
 )
-from bapo_plugin.planning.settings import RunSettings
 
 Row = tuple[int, int, int, int]
 

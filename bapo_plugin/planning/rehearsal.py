@@ -9,273 +9,46 @@ A step is rehearsed with two and with three layers; what more layers add follows
 """
 
 import copy
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
-from transformers import PretrainedConfig
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from bapo_plugin.planning import memory
 from bapo_plugin.planning.architecture import build
 from bapo_plugin.planning.settings import RunSettings
+from bapo_plugin.planning.stand_ins import (
+    Scored,
+    Selected,
+    as_quantised,
+    flash_attention,
+    in_fp32,
+    stand_in,
+)
+from bapo_plugin.planning.tracker import (
+    BACKWARD,
+    HEAD,
+    REFERENCE,
+    Peaks,
+    Tracker,
+    current,
+)
 from bapo_plugin.scoring import shared_prefix
 from bapo_plugin.scoring.collator import ANCHORED, PaddedCollator, SharedPrefixCollator
 from bapo_plugin.scoring.layouts import refusal
 
-#: what a step's bytes are there for
-KEPT, BACKWARD, HEAD, DEQUANTISED, REFERENCE = (
-    *("kept", "backward", "head", "dequantised", "reference"),
-)
 _DEPTHS = (2, 3)
-_FLASH_WIDTH = 256
 #: TRL 1.14 has a kernel of its own for log-probs, 1.9 hasn't; what was measured is with it
 TRL_IS_FUSED = find_spec("trl.kernels") is not None
-
-
-class Peaks(dict[str, Counter[str]]):
-    """ "forward" and "backward" -> bytes by purpose when most was allocated in that pass; "written" -> bytes of
-    everything that was ever allocated; "flops" -> floating point operations of products; "calls" -> operations that the
-    host starts."""
-
-    @property
-    def bytes(self) -> int:
-        """The peak of the step."""
-        return self.parts.total()
-
-    @property
-    def parts(self) -> Counter[str]:
-        """Bytes by purpose at the peak of the step."""
-        return max((self["forward"], self["backward"]), key=Counter.total)
-
-
-class _Tracker(TorchDispatchMode):
-    """Follows every storage from its first tensor to its last."""
-
-    def __init__(self, known: Iterator[Tensor], vocabulary: int):
-        super().__init__()
-        self.purpose, self.phase = KEPT, "forward"
-        names = ("forward", "backward", "written", "flops", "calls")
-        self.found = Peaks({name: Counter() for name in names})
-        self._vocabulary = vocabulary
-        self._live: Counter[str] = Counter()
-        self._most = {"forward": 0, "backward": 0}
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.found["calls"][self.purpose] += not func.is_view
-        if (flops := flop_registry.get(func.overloadpacket)) is not None:
-            self.found["flops"][self.purpose] += flops(*args, **kwargs, out_val=out)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self._seen:
-                    self._seen.add(storage)
-                    is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
-                    self._add(storage, HEAD if is_logits else self.purpose)
-        return out
-
-    def _add(self, storage: Any, purpose: str) -> None:
-        size = storage.nbytes()
-        self._live[purpose] += size
-        self.found["written"][purpose] += size
-        weakref.finalize(storage, self._free, purpose, size)
-        self._look()
-
-    def _look(self) -> None:
-        total = self._live.total()
-        if total > self._most[self.phase]:
-            self._most[self.phase] = total
-            self.found[self.phase] = +self._live
-
-    def _free(self, purpose: str, size: int) -> None:
-        self._live[purpose] -= size
-
-    @contextmanager
-    def taking(self, purpose: str) -> Iterator[None]:
-        before, self.purpose = self.purpose, purpose
-        try:
-            yield
-        finally:
-            self.purpose = before
-
-    @contextmanager
-    def held(self, size: int, flops: int) -> Iterator[None]:
-        """Temporaries of a kernel, for the length of a call."""
-        self.found["flops"][HEAD] += flops
-        self.found["written"][HEAD] += size
-        self._live[HEAD] += size
-        self._look()
-        yield
-        self._live[HEAD] -= size
-
-
-_TRACKER: list[_Tracker] = []
-
-
-def _taking(purpose: str) -> Any:
-    return _TRACKER[-1].taking(purpose) if _TRACKER else nullcontext()
-
-
-# ---------------------------------------------------------------- what stands in
-
-
-class _Dequantised(torch.autograd.Function):
-    """bitsandbytes' product: the weight in 16 bits exists for its length, in forward and in backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, bits):
-        ctx.weight = weight
-        if bits == 8:
-            ctx.save_for_backward(x)
-        with _taking(DEQUANTISED):
-            # LLM.int8 has the input in 8 bits and a result in 32
-            _ = (
-                (x.to(torch.int8), x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.int32))
-                if bits == 8
-                else torch.empty_like(weight)
-            )
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        with _taking(DEQUANTISED):
-            weight = torch.empty_like(ctx.weight)
-        return grad @ weight, None, None, None
-
-
-class _Flash(torch.autograd.Function):
-    """Attention that keeps its inputs, its output and a log-sum-exp a query."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, longest):
-        ctx.flops = 2 * q.numel() * longest  # two products, half of the keys on average
-        _TRACKER[-1].found["flops"][KEPT] += ctx.flops
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, *_ = ctx.saved_tensors
-        _TRACKER[-1].found["flops"][BACKWARD] += ctx.flops * 5 // 2
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
-
-
-class _Scored(torch.autograd.Function):
-    """bapo_kernels: from states to the sum of their log-probs; keeps a gradient for each, [T, H]."""
-
-    @staticmethod
-    def forward(ctx, states, temporaries, flops):
-        ctx.save_for_backward(torch.empty_like(states))
-        with _TRACKER[-1].held(temporaries, flops):
-            return states.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(ctx.saved_tensors[0]), None, None
-
-
-class _Selected(torch.autograd.Function):
-    """TRL's fused log-softmax of a label: keeps the logits, and its backward makes as many."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        ctx.save_for_backward(logits)
-        return logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (logits,) = ctx.saved_tensors
-        return torch.empty(logits.shape, dtype=logits.dtype)
-
-
-class _LikeNF4(nn.Linear):
-    bits = 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        return _Dequantised.apply(x.to(self.weight.dtype), self.weight, self.bias, self.bits).to(
-            dtype
-        )
-
-
-class _LikeInt8(_LikeNF4):
-    bits = 8
-
-
-def _stand_in(bits: int):
-    def make(linear: nn.Linear) -> nn.Linear:
-        linear.__class__ = _LikeNF4 if bits == 4 else _LikeInt8  # weights stay where they are
-        return linear
-
-    return make
-
-
-def _as_quantised(layer: LoraLinear) -> None:
-    """Let a LoRA layer compute as PEFT's layers for bitsandbytes do."""
-    name = next(iter(layer.lora_A))
-
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        result = layer.base_layer(x)
-        if layer.disable_adapters:
-            return result
-        if isinstance(layer.base_layer, _LikeNF4) and layer.base_layer.bits == 4:
-            result = result.clone()
-        dtype = result.dtype
-        if not torch.is_autocast_enabled("cpu"):
-            x = x.to(layer.lora_A[name].weight.dtype)
-        return (result + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]).to(dtype)
-
-    layer.forward = forward
-
-
-def _in_fp32(norm: nn.LayerNorm) -> None:
-    """As under CUDA's autocast, which a CPU's leaves in 16 bits."""
-
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
-        return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
-
-    norm.forward = forward
-
-
-@contextmanager
-def _flash_attention() -> Iterator[None]:
-    """Let packed rows take attention of variable length where this torch has it, as on a GPU."""
-    before = shared_prefix._VARLEN, shared_prefix._has_varlen
-
-    def has_varlen(query: Tensor, value: Tensor, window: int | None) -> bool:
-        return (
-            (window is None or "window_size" in shared_prefix._VARLEN_OPTIONS)
-            and query.shape[-1] == value.shape[-1] <= _FLASH_WIDTH
-            and shared_prefix._cast_dtype(query) in (torch.bfloat16, torch.float16)
-        )
-
-    if before[0] is not None:
-        shared_prefix._VARLEN = lambda q, k, v, _cu_q, _cu_k, _most_q, longest, **_: _Flash.apply(
-            q, k, v, longest
-        )
-        shared_prefix._has_varlen = has_varlen
-    try:
-        yield
-    finally:
-        shared_prefix._VARLEN, shared_prefix._has_varlen = before
-
-
-# ---------------------------------------------------------------- the rehearsal
 
 
 class Rehearsal:
@@ -298,6 +71,7 @@ class Rehearsal:
         refused = refusal(self._models[self._depths[0]])
         if settings.bapo.shared_prefix == "off":
             refused = "bapo.shared_prefix is off"
+        self._masked = True
         #: why each response gets a padded row of its own; None where they share their prompt
         self.padded_because: str | None = refused
 
@@ -329,7 +103,7 @@ class Rehearsal:
         adapter = {k: v for k, v in settings.adapter.items() if k != "layers_to_transform"}
         settings = copy.copy(settings)
         object.__setattr__(settings, "adapter", adapter)
-        model = build(config, settings, _stand_in(settings.bits))
+        model = build(config, settings, stand_in(settings.bits))
         model.train()
         with self._mode:
             _give_storage(model, settings)
@@ -339,13 +113,13 @@ class Rehearsal:
                 model.gradient_checkpointing_enable({"use_reentrant": settings.reentrant})
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) and settings.autocast:
-                _in_fp32(module)
+                in_fp32(module)
             elif (
                 isinstance(module, LoraLinear)
                 and settings.bits < 16
                 and not settings.adapter.get("use_dora")
             ):
-                _as_quantised(module)
+                as_quantised(module)
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0
         shared_prefix.install(model)
@@ -353,27 +127,38 @@ class Rehearsal:
 
     def _deep(self, step: Any) -> Peaks:
         """A step at the model's own depth."""
+        try:
+            return self._try(step)
+        except DataDependentOutputException:
+            # it looks at values of its padding mask; none is what full rows have
+            self._masked = False
+        except Exception as error:
+            raise self._failed(error) from error
+        try:
+            return self._try(step)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ValueError:
+        name = type(shared_prefix.unwrap_peft(self._models[self._depths[0]])).__name__
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
+        return ValueError(
+            f"a step of a {name} can't be rehearsed without a GPU ({type(error).__name__}: {reason})"
+        )
+
+    def _try(self, step: Any) -> Peaks:
         found = []
         for depth in self._depths:
             model = self._models[depth]
-            try:
-                with self._mode, _flash_attention():
-                    tracker = _Tracker(_tensors(model), model.config.get_text_config().vocab_size)
-                    _TRACKER.append(tracker)
-                    with tracker:
-                        with _autocast(self._settings):
-                            loss = step(model, tracker)
-                        tracker.phase = "backward"
-                        with tracker.taking(BACKWARD):
-                            loss.backward()
-                        del loss
-            except Exception as error:  # a model whose shapes depend on values, or a passing fault
-                raise ValueError(
-                    f"a step of a {type(shared_prefix.unwrap_peft(model)).__name__} can't be rehearsed without a GPU "
-                    f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]})"
-                ) from error
-            finally:
-                _TRACKER.clear()
+            with self._mode, flash_attention():
+                tracker = Tracker(_tensors(model), model.config.get_text_config().vocab_size)
+                with tracker:
+                    with _autocast(self._settings):
+                        loss = step(model, tracker)
+                    tracker.turn()
+                    with tracker.taking(BACKWARD):
+                        loss.backward()
+                    del loss
             found.append(tracker.found)
         if len(found) == 1:
             return found[0]
@@ -393,7 +178,7 @@ class Rehearsal:
 
     # ------------------------------------------------------------ ours
 
-    def _bapo(self, model: nn.Module, tracker: _Tracker, rows: Sequence) -> Tensor:
+    def _bapo(self, model: nn.Module, tracker: Tracker, rows: Sequence) -> Tensor:
         bapo = self._settings.bapo
         held = "all" if bapo.anchor_loss == "kl" else "kept" if bapo.keep is not None else "none"
         batch = self._batch(rows, held)
@@ -401,7 +186,7 @@ class Rehearsal:
         if ANCHORED in batch:
             with tracker.taking(REFERENCE), torch.no_grad(), _reference(model):
                 states = self._states(model, batch[ANCHORED], lambda h: h)
-        if not self._settings.precompute and self._settings.adapter:
+        if not self._settings.precompute:
             # the policy's graph is there meanwhile
             loss = self._score(model, batch, states)
             with tracker.taking(REFERENCE), torch.no_grad(), _reference(model):
@@ -431,9 +216,8 @@ class Rehearsal:
     def _states(self, model: nn.Module, batch: dict[str, Any], function: Any) -> Any:
         head = model.get_output_embeddings()
         index, found = batch["response_index"], []
-        inputs = {
-            k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch
-        }
+        names = ("input_ids", "position_ids", *(["attention_mask"] if self._masked else []))
+        inputs = {k: batch[k] for k in names if k in batch}
         if "layout" in batch:
             inputs["bapo_layout"] = batch["layout"]
 
@@ -456,27 +240,27 @@ class Rehearsal:
         backend = self._settings.bapo.kernel
 
         def score(states: Tensor) -> Tensor:
-            with _taking(HEAD):
+            with current().taking(HEAD):
                 gradient = 1 + torch.is_grad_enabled()
                 product = 2 * vocabulary * width
                 size = memory.kernel_bytes(len(states), width, vocabulary, backend)
-                total = _Scored.apply(states, size, gradient * product * len(states))
+                total = Scored.apply(states, size, gradient * product * len(states))
                 if reference is not None:
                     own = states[len(states) - len(reference) :]
                     size = memory.divergence_bytes(len(own), width, vocabulary, backend)
-                    total = total + _Scored.apply(own, size, 5 * product * len(own))
+                    total = total + Scored.apply(own, size, 5 * product * len(own))
             return total
 
         return self._states(model, batch, score)
 
     # ------------------------------------------------------------ TRL's
 
-    def _dpo(
-        self, model: nn.Module, tracker: _Tracker, rows: Sequence, precomputed: bool
-    ) -> Tensor:
+    def _dpo(self, model: nn.Module, tracker: Tracker, rows: Sequence, precomputed: bool) -> Tensor:
         longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in rows)
         ids = torch.zeros(2 * len(rows), longest, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if self._masked:
+            inputs["attention_mask"] = torch.ones_like(ids)
         logits = model(**inputs).logits[..., :-1, :]
         loss = _selected(logits).sum()
         reference = None
@@ -495,14 +279,16 @@ class Rehearsal:
 def _selected(logits: Tensor) -> Tensor:
     """TRL's log-probs of labels; the fused kernel, or in fp32 row by row as before it."""
     if TRL_IS_FUSED:
-        return _Selected.apply(logits)
+        return Selected.apply(logits)
     label = torch.zeros(logits.shape[1], 1, dtype=torch.long)
     return torch.stack([F.log_softmax(row.float(), -1).gather(-1, label) for row in logits])
 
 
 def _attention(config: PretrainedConfig, settings: RunSettings) -> str:
     """FlashAttention can't be had without a GPU; sdpa keeps as much."""
-    return "eager" if settings.attention == "eager" else "sdpa"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    has_sdpa = known is None or getattr(known, "_supports_sdpa", True)
+    return "sdpa" if has_sdpa and settings.attention != "eager" else "eager"
 
 
 def _give_storage(model: nn.Module, settings: RunSettings) -> None:

@@ -45,7 +45,7 @@ def largest(planner: Planner, settings: RunSettings, room: int) -> list[Change]:
     found = []
     for key, values in _ways_up(planner, settings).items():
         best = _last_that_fits(planner, settings, room, key, values)
-        if best is not None:
+        if best is not None and best.keys[key] > values[0]:
             found.append(best)
     return found
 
@@ -120,7 +120,7 @@ def _ways_down(planner: Planner, settings: RunSettings) -> dict[str, Sequence[in
     if rows > 1:
         ways["micro_batch_size"] = range(1, rows)
     if settings.prompt_tokens is None and settings.response_tokens is None:
-        ways["sequence_len"] = _multiples(128, settings.sequence_len - 1)
+        ways["sequence_len"] = _multiples(64, settings.sequence_len - 1)
     if settings.adapter:
         ways["lora_r"] = [r for r in _RANKS if 4 <= r < settings.adapter["r"]]
     return ways

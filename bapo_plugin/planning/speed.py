@@ -8,7 +8,7 @@ decides, all are met within 12%; where the host can't start kernels fast enough,
 """
 
 from bapo_plugin.planning.cards import Card
-from bapo_plugin.planning.rehearsal import Peaks
+from bapo_plugin.planning.tracker import Peaks
 
 COMPUTE = 0.70  # of the peak of dense bf16 products
 TRAFFIC = 0.26  # of the bandwidth; what is written is read again

@@ -23,9 +23,10 @@ ERROR = (
     "fragmentation are assumed."
 )
 TIME_ERROR = (
-    "Times are fitted to steps on H100 and H200, within 12% where the card decides; other cards are scaled by their published "
+    "Times are fitted to steps on H100 and H200, within 16% where the card decides; other cards are scaled by their published "
     "figures and weren't measured."
 )
+_SMALL = memory.GIB // 200  # what a table would show as 0.00
 _LETTERS = dict(zip(PARTS, "WRAGOKBDLPUC", strict=True))
 
 
@@ -129,7 +130,7 @@ def _show(
     for name, justify in (("", "left"), ("", "left"), ("BAPO", "right"), ("TRL's DPO", "right")):
         table.add_column(name, justify=justify)
     for part, name in PARTS.items():
-        if part in ours.parts or part in theirs.parts:
+        if max(ours.parts.get(part, 0), theirs.parts.get(part, 0)) > _SMALL:
             cells = (_gb(e.parts.get(part, 0)) for e in (ours, theirs))
             table.add_row(_LETTERS[part], name, *cells)
     table.add_section()

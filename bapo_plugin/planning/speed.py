@@ -2,9 +2,9 @@
 
     seconds = max(host, products / (COMPUTE · peak) + bytes written / (TRAFFIC · bandwidth))
 
-Three constants, fitted to the 36 steps in benchmarks/results/step-gpu.csv (H100 and H200, BAPO and TRL's DPO): where the card
-decides, all are met within 12%; where the host can't start kernels fast enough, the estimate is up to 1.5 times too long or
-0.7 of what it takes. Other cards are scaled by their published figures and weren't measured.
+Three constants, fitted to 36 steps of benchmarks/results/step-gpu.csv (BAPO and TRL's DPO on H100 and H200; the 12 of padded
+BAPO were left out of the fit). Where the card decides, the estimate is 0.84 to 1.10 of what was measured; where the host can't
+start operations fast enough, 0.72 to 1.52. Other cards are scaled by their published figures and weren't measured.
 """
 
 from bapo_plugin.planning.cards import Card

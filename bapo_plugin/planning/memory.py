@@ -100,6 +100,12 @@ def divergence_bytes(tokens: int, width: int, vocabulary: int, backend: str = "a
     return 2 * kernel_bytes(tokens, width, vocabulary) - 4 * rows * width
 
 
+def head_gradient_bytes(tokens: int, width: int, vocabulary: int, itemsize: int) -> int:
+    """What the backward pass of a head that trains takes besides: tiles of logits and their gradient, and a new [V, H]
+    gradient before it is added to the one that is there."""
+    return min(_TORCH_TILES, 8 * tokens * vocabulary) + vocabulary * width * itemsize
+
+
 def context_bytes(peak: int) -> int:
     """What a card holds besides tensors, see the assumptions above.
 

@@ -244,11 +244,16 @@ class Rehearsal:
                 gradient = 1 + torch.is_grad_enabled()
                 product = 2 * vocabulary * width
                 size = memory.kernel_bytes(len(states), width, vocabulary, backend)
-                total = Scored.apply(states, size, gradient * product * len(states))
+                later = 0
+                if head.weight.requires_grad:
+                    later = memory.head_gradient_bytes(
+                        len(states), width, vocabulary, head.weight.dtype.itemsize
+                    )
+                total = Scored.apply(states, size, later, gradient * product * len(states))
                 if reference is not None:
                     own = states[len(states) - len(reference) :]
                     size = memory.divergence_bytes(len(own), width, vocabulary, backend)
-                    total = total + Scored.apply(own, size, 5 * product * len(own))
+                    total = total + Scored.apply(own, size, 0, 5 * product * len(own))
             return total
 
         return self._states(model, batch, score)

@@ -58,17 +58,20 @@ class _Flash(torch.autograd.Function):
 
 
 class Scored(torch.autograd.Function):
-    """bapo_kernels: from states to the sum of their log-probs; keeps a gradient for each, [T, H]."""
+    """bapo_kernels: from states to the sum of their log-probs; keeps a gradient for each, [T, H]. Temporaries of forward
+    and backward are in bytes; a head that trains has some in the latter."""
 
     @staticmethod
-    def forward(ctx, states, temporaries, flops):
+    def forward(ctx, states, temporaries, later, flops):
         ctx.save_for_backward(torch.empty_like(states))
+        ctx.later, ctx.flops = later, flops
         with current().held(temporaries, flops):
             return states.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.empty_like(ctx.saved_tensors[0]), None, None
+        with current().held(ctx.later, ctx.flops if ctx.later else 0):
+            return torch.empty_like(ctx.saved_tensors[0]), None, None, None
 
 
 class Selected(torch.autograd.Function):

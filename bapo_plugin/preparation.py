@@ -79,9 +79,7 @@ class Preparation:
             self.splits[KEEP] = [self._opening.prompts_to_keep(self.bapo.keep.prompts)]
         self._keep = not cfg.skip_prepare_dataset
         self._contents: dict[int, str] = {}
-        self._file_lock = FileLock(
-            str(self.folder / ".bapo-rows.lock")
-        )  # can be taken again while held
+        self._file_lock = FileLock(str(self.folder / ".bapo-rows.lock"))  # can be taken again while held
 
     # ------------------------------------------------------------ stages
 

@@ -5,6 +5,7 @@
     bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
     bapo chat RUN [--prompt TEXT] ...
+    bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24] [--json]
     bapo doctor
 
 Also as `python -m bapo_plugin`, which accelerate can launch on several GPUs.
@@ -320,6 +321,70 @@ def chat(
         _fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", "-g", help='Name of a card, such as "RTX 4090" or "A100 80GB".'),
+    ] = None,
+    vram: Annotated[
+        float | None,
+        typer.Option("--vram", help="Memory of a card in GB, in place of its name.", min=1),
+    ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="config.json of the model, or the folder with it. Default: that of base_model; a hub model's is looked for in "
+            "the local cache, then on the hub, unless HF_HUB_OFFLINE is set.",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest row's prompt. Default: the worst case of sequence_len.",
+            min=1,
+        ),
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each of its responses.", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Does this run fit on a card, how large may it be, and how long does it take?
+
+    CONFIG: the YAML of the training run. Nothing is loaded but the model's config:
+
+        bapo plan config.yml --gpu "RTX 4090"
+
+    Prints memory by part beside that of TRL's DPO, and the time of a step. With --gpu or --vram
+    the exit code is 0 if the run fits and 1 if not; then it says which keys of the YAML would
+    make it fit. Errors exit with 2.
+    """
+    if gpu and vram:
+        _fail("--gpu and --vram both name a card; give one")
+    _must_exist(config, *filter(None, [model_config]))
+    stay_offline([config])
+    from bapo_plugin.commands.plan import plan
+
+    try:
+        fits = plan(
+            config,
+            model_config=model_config,
+            gpu=gpu,
+            vram=vram,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            as_json=as_json,
+        )
+    except ValueError as error:
+        _fail(str(error))
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command()

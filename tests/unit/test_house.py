@@ -20,6 +20,7 @@ FLOORS = [
     ["opening"],
     ["preparation", "prepare"],
     ["scoring"],
+    ["planning"],
     ["training"],
     ["evaluation", "commands", "report"],
     ["plugin", "cli", "__main__", "__init__"],

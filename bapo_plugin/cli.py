@@ -1,32 +1,38 @@
 """The `bapo` command.
 
-    bapo check CONFIG.yml [--rows N] [--json]
+    bapo check CONFIG.yml [--rows N]
     bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
     bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
     bapo report RUN ... [--output report.html]
     bapo chat RUN [--prompt TEXT] ...
-    bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24] [--json]
+    bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24]
     bapo doctor
-
-Also as `python -m bapo_plugin`, which accelerate can launch on several GPUs.
+    python -m bapo_plugin ...   the same, for accelerate to launch on several GPUs
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated
 
 import typer
 
 from bapo_plugin import __version__
+from bapo_plugin.arguments import (
+    AsJson,
+    Config,
+    LoadIn4Bit,
+    fail,
+    must_exist,
+    others_to_stderr,
+)
 from bapo_plugin.network import report_to_nobody, stay_offline
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # paragraphs are wrapped to the screen
     help="Base-Anchored Preference Optimization: what goes with `rl: bapo` in axolotl.",
 )
 
@@ -52,14 +58,11 @@ def _main(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
+    config: Config,
     rows: Annotated[
         int, typer.Option("--rows", "-r", help="Show so many rows as the model sees them.", min=0)
     ] = 2,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object with the same facts, for programs."),
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what can be known of a run before its model is loaded: bapo check config.yml --rows 3
 
@@ -74,20 +77,20 @@ def check(
     that equal chosen or rejected, say nothing, or of which more than a fifth were cut; no held-out
     rows; prompts on both sides of the split, or in the files of bapo.keep and bapo.retention.
     """
-    _must_exist(config)
+    must_exist(config)
     stay_offline([config])
     from bapo_plugin.commands.check import check
 
     try:
         code = check(config, rows, as_json)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
 
 
 @app.command()
 def anchors(
-    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
+    config: Config,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -120,11 +123,11 @@ def anchors(
     no hub is asked where model and data are files. Prompts go nowhere but to the server that
     `bapo.anchors.server` names.
     """
-    _must_exist(config)
+    must_exist(config)
     if output and output.suffix not in (".jsonl", ".parquet"):
-        _fail(f"--output: {output} must end in .jsonl or .parquet")
+        fail(f"--output: {output} must end in .jsonl or .parquet")
     if output and not output.parent.is_dir():
-        _fail(f"--output: there is no folder {output.parent}")
+        fail(f"--output: there is no folder {output.parent}")
     stay_offline([config])
     from bapo_plugin.commands.anchors import explain_anchors, verify_stores, write_anchors
 
@@ -136,7 +139,7 @@ def anchors(
         else:
             write_anchors(config, output)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         typer.echo("Interrupted. What was made is kept; the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -205,12 +208,7 @@ def evaluate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask tasks through the chat template.")
     ] = False,
-    load_in_4bit: Annotated[
-        bool | None,
-        typer.Option(
-            help="Without a YAML: quantise the model to NF4. Default: as the run recorded it, else not."
-        ),
-    ] = None,
+    load_in_4bit: LoadIn4Bit = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the results. Default: each adapter's own."),
@@ -226,7 +224,7 @@ def evaluate(
     and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
     are files.
     """
-    _must_exist(*targets)
+    must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]
     if not names or data:
         stay_offline(targets)
@@ -249,7 +247,7 @@ def evaluate(
             probe=probe,
         )
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     for path in paths:
         typer.echo(f"Wrote {path}")
 
@@ -269,13 +267,13 @@ def report(
     RUNS: the output_dir of each run, of BAPO, DPO or other, finished or going on. What `bapo
     eval` has written there is shown too.
     """
-    _must_exist(*runs)
+    must_exist(*runs)
     from bapo_plugin.report import write_report
 
     try:
         paths = write_report(runs, output)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     for path in paths:
         typer.echo(f"Wrote {path}")
 
@@ -293,15 +291,8 @@ def chat(
         typer.Option("--prompt", "-p", help="Ask this and end; several by repeating."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
-    load_in_4bit: Annotated[
-        bool | None,
-        typer.Option(
-            help="Without a YAML: quantise the model to NF4. Default: as the run recorded it, else not."
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print an object a prompt, one a line.")
-    ] = False,
+    load_in_4bit: LoadIn4Bit = None,
+    as_json: AsJson = False,
 ) -> None:
     """Talk to the model before and after training, side by side.
 
@@ -310,22 +301,22 @@ def chat(
 
     A file of prompts, one a line: bapo chat outputs/bapo < prompts.txt
     """
-    _must_exist(*targets)
+    must_exist(*targets)
     stay_offline(targets)
     from bapo_plugin.commands.chat import chat
 
     try:
-        with _others_to_stderr(as_json) as out:
+        with others_to_stderr(as_json) as out:
             chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML of the training run.")],
+    config: Config,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", "-g", help='Name of a card, such as "RTX 4090" or "A100 80GB".'),
@@ -353,7 +344,7 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each of its responses.", min=1)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Does this run fit on a card, how large may it be, and how long does it take?
 
@@ -366,8 +357,8 @@ def plan(
     make it fit. Errors exit with 2.
     """
     if gpu and vram:
-        _fail("--gpu and --vram both name a card; give one")
-    _must_exist(config, *filter(None, [model_config]))
+        fail("--gpu and --vram both name a card; give one")
+    must_exist(config, *filter(None, [model_config]))
     stay_offline([config])
     from bapo_plugin.commands.plan import plan
 
@@ -382,14 +373,14 @@ def plan(
             as_json=as_json,
         )
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     if not fits:
         raise typer.Exit(1)
 
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is installed here, which kernel and attention will be used, and what is missing.
 
@@ -398,30 +389,10 @@ def doctor(
     from bapo_plugin.commands.doctor import diagnose, doctor
 
     if as_json:
-        with _others_to_stderr(True) as out:
+        with others_to_stderr(True) as out:
             print(json.dumps(diagnose(), indent=1), file=out)
     else:
         raise typer.Exit(doctor())
-
-
-@contextmanager
-def _others_to_stderr(wanted: bool) -> Iterator[TextIO]:
-    """Gives stdout, to which libraries write their log too: where a program reads it, they go to stderr."""
-    out = sys.stdout
-    with redirect_stdout(sys.stderr) if wanted else nullcontext():
-        yield out
-
-
-def _must_exist(*paths: Path) -> None:
-    """Before anything heavy is imported."""
-    for path in paths:
-        if not path.exists():
-            _fail(f"there is no file or folder {path}")
-
-
-def _fail(message: str) -> Any:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def main() -> None:

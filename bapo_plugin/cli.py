@@ -1,13 +1,13 @@
 """The `bapo` command.
 
-    bapo check CONFIG.yml [--rows N]
-    bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
-    bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
-    bapo report RUN ... [--output report.html]
-    bapo chat RUN [--prompt TEXT] ...
-    bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24]
-    bapo doctor
-    python -m bapo_plugin ...   the same, for accelerate to launch on several GPUs
+bapo check CONFIG.yml [--rows N]
+bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
+bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
+bapo report RUN ... [--output report.html]
+bapo chat RUN [--prompt TEXT] ...
+bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24]
+bapo doctor
+python -m bapo_plugin ...   the same, for accelerate to launch on several GPUs
 """
 
 import json

@@ -7,6 +7,10 @@
 VENV ?= .venv
 MODELS ?= .models
 TESTS ?= tests
+# processes that the tests are spread over; together they use all cores
+WORKERS ?= 2
+CORES = $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo $(WORKERS))
+SPREAD = OMP_NUM_THREADS=$$(( ($(CORES) + $(WORKERS) - 1) / $(WORKERS) )) python -m pytest -n $(WORKERS) --dist worksteal
 DEEPSPEED_TESTS ?= -m "not gpu"
 export PYTHON
 export AXOLOTL_DO_NOT_TRACK = 1
@@ -29,10 +33,10 @@ demo: model
 	@$(RUN) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= python yaml_examples/demo/demo.py
 
 test: model
-	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" python -m pytest -m "not slow and not gpu" $(TESTS)
+	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
 test-all: model test-deepspeed
-	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" python -m pytest -m "not gpu" $(TESTS)
+	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" $(SPREAD) -m "not gpu" $(TESTS)
 
 # only here, since transformers behaves otherwise where DeepSpeed is installed
 test-deepspeed: install

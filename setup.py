@@ -36,7 +36,7 @@ setup(
     # matplotlib: figures of `bapo report`
     install_requires=["axolotl>=0.19.0,<0.22", "matplotlib>=3.8"],
     # gguf: to read the demo's model
-    extras_require={"test": ["pytest>=8", "ruff==0.17.6", "gguf>=0.10"]},
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff==0.17.6", "gguf>=0.10"]},
     entry_points={
         "axolotl.plugins": ["bapo = bapo_plugin:BAPOPlugin"],
         "console_scripts": ["bapo = bapo_plugin.cli:main"],

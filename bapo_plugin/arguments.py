@@ -8,6 +8,9 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+# of `bapo eval`, with --data; `evaluation.local` has them
+LOCAL_TASKS = {"paper", "scienceqa", "mmlu_humanities", "hhh", "truthfulqa"}
+
 Config = Annotated[Path, typer.Argument(help="YAML of the training run.")]
 LoadIn4Bit = Annotated[
     bool | None,

@@ -1,14 +1,4 @@
-"""The `bapo` command.
-
-bapo check CONFIG.yml [--rows N]
-bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
-bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
-bapo report RUN ... [--output report.html]
-bapo chat RUN [--prompt TEXT] ...
-bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24]
-bapo doctor
-python -m bapo_plugin ...   the same, for accelerate to launch on several GPUs
-"""
+"""The `bapo` command: arguments and help. `python -m bapo_plugin` is the same, for accelerate to launch on several GPUs."""
 
 import json
 import os
@@ -20,6 +10,7 @@ import typer
 
 from bapo_plugin import __version__
 from bapo_plugin.arguments import (
+    LOCAL_TASKS,
     AsJson,
     Config,
     LoadIn4Bit,
@@ -226,7 +217,7 @@ def evaluate(
     """
     must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]
-    if not names or data:
+    if not names or (data and set(names) <= LOCAL_TASKS):
         stay_offline(targets)
     from bapo_plugin.evaluation.run import evaluate
     from bapo_plugin.evaluation.scaled import read_scales
@@ -303,10 +294,10 @@ def chat(
     """
     must_exist(*targets)
     stay_offline(targets)
-    from bapo_plugin.commands.chat import chat
-
     try:
-        with others_to_stderr(as_json) as out:
+        with others_to_stderr(as_json) as out:  # axolotl's log takes stdout when it is imported
+            from bapo_plugin.commands.chat import chat
+
             chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
     except ValueError as error:
         fail(str(error))
@@ -386,13 +377,15 @@ def doctor(
 
     Made to be pasted into an issue. Exit code 1 where something will not work.
     """
-    from bapo_plugin.commands.doctor import diagnose, doctor
+    with others_to_stderr(as_json) as out:
+        from bapo_plugin.commands.doctor import diagnose, show
 
+        found = diagnose()
     if as_json:
-        with others_to_stderr(True) as out:
-            print(json.dumps(diagnose(), indent=1), file=out)
+        print(json.dumps(found, indent=1), file=out)
     else:
-        raise typer.Exit(doctor())
+        show(found)
+    raise typer.Exit(1 if found["problems"] else 0)
 
 
 def main() -> None:

@@ -210,7 +210,8 @@ class BAPOConfig(Block):
     @property
     def holds_tokens(self) -> bool:
         """Whether the anchor looks at each token of the base response."""
-        return self.anchor_level == "token" and self.anchor_loss in TOKEN_LOSSES
+        is_dpo = self.anchor_weight == 0
+        return not is_dpo and self.anchor_level == "token" and self.anchor_loss in TOKEN_LOSSES
 
     @model_validator(mode="after")
     def _default_weight(self):

@@ -46,7 +46,12 @@ def is_local(config: Mapping[str, Any]) -> bool:
         entries = config.get(split) or []
         if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
             return False
-        names += [entry.get("path") for entry in entries]
+        for entry in entries:
+            files = entry.get("data_files") or []
+            names += [entry.get("path"), *([files] if isinstance(files, str) else files)]
+    kernel = str(config.get("attn_implementation") or "")
+    if "/" in kernel:  # a kernel of the hub
+        return False
     return bool(names) and all(isinstance(name, str) and Path(name).exists() for name in names)
 
 

@@ -7,7 +7,6 @@ plugin does nothing.
 """
 
 import copy
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,12 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
 from bapo_plugin.config import TRAINER_CLS, is_active
+from bapo_plugin.runs import without_secrets
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
 
 LOG = get_logger("axolotl." + __name__)
-_SECRET = re.compile(r"api_key|secret|password|access_key|hub_token")
 
 
 class BAPOPlugin(BasePlugin):
@@ -129,8 +128,7 @@ def _as_written(cfg: Any) -> dict:
         if isinstance(value, str | int | float) and cfg.get(key) is not None
     }
     found = written | changed | {"rl": "bapo", "bapo": written.get("bapo") or {}}
-    # record, report and model card show it
-    return {key: value for key, value in found.items() if not _SECRET.search(key)}
+    return without_secrets(found)  # record, report and model card show it
 
 
 def _take_entry(entry: Any) -> dict[str, Any]:

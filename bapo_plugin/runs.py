@@ -1,11 +1,19 @@
 """Folders that runs have written: what they hold, and how far training got. Light: nothing heavy is imported."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 RECORD = "bapo_run.json"
 STATE = "trainer_state.json"
+_SECRET = re.compile(
+    r"(api_?key|secret|password|credential|webhook_url|(hub|hf|auth|access|api)_?token)$",
+    re.IGNORECASE,
+)
+# names and passwords in addresses
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -82,6 +90,17 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
         if isinstance(name, str) and not Path(name).exists() and (started / name).exists():
             entry["path"] = str(started / name)
     return config
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A configuration that is handed on, in a record, a report or a model card: keys of accounts are not."""
+    if isinstance(value, Mapping):
+        return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    return "(not shown)" if value and _SECRET.search(key) else _USER.sub("", value)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

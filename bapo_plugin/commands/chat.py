@@ -13,7 +13,6 @@ from rich.text import Text
 from bapo_plugin.answers.prompts import Chat
 from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
 
-BEFORE = "before"
 _HELP = "A line is a message. /new begins another conversation, /quit or Ctrl-D ends."
 
 
@@ -33,7 +32,7 @@ def chat(
         prompts: to ask.
         max_new_tokens: of an answer.
         load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
-        json_to: write an object a prompt here, {"prompt", "before", one key for each adapter}, and nothing else.
+        json_to: write an object a prompt here, {"prompt", "before", "after": {adapter: answer}}, and nothing else.
 
     Raises:
         ValueError: no adapter, or a tokenizer without a chat template.
@@ -51,12 +50,12 @@ def chat(
     if typed:
         print(_HELP)
     for line in prompts or (_typed() if typed else _lines(sys.stdin)):
-        if line == "/new":
-            talk.begin()
-            continue
         if not typed:
             talk.begin()
-        show(line, talk.say(line))
+        elif line == "/new":
+            talk.begin()
+            continue
+        show(line, *talk.say(line))
 
 
 class Talk:
@@ -70,27 +69,30 @@ class Talk:
     def __init__(self, subject: Subject, max_new_tokens: int):
         self._subject = subject
         self._limit = max_new_tokens
-        self._chats: dict[str, Chat] = {}
         self.begin()
 
     def begin(self) -> None:
         """Forget what was said."""
-        self._chats = {name: [] for name in (BEFORE, *self._subject.adapters)}
+        #: with the model before, and with each adapter
+        self.before: Chat = []
+        self.after: dict[str, Chat] = {name: [] for name in self._subject.adapters}
 
-    def say(self, message: str) -> dict[str, str]:
-        """Answers of each state, greedy, each to its own conversation so far."""
-        answers = {}
-        for name, chat in self._chats.items():
-            chat.append({"role": "user", "content": message})
-            # an adapter may be called "before" too: it comes later
-            with self._subject.before() if not answers else self._subject.after(name):
-                (found,) = self._subject.asker().ask([chat], self._limit)
-            text = self._subject.tokenizer.decode(
-                found.answer_ids, skip_special_tokens=True
-            ).strip()
-            chat.append({"role": "assistant", "content": text})
-            answers[name] = text
-        return answers
+    def say(self, message: str) -> tuple[str, dict[str, str]]:
+        """The answer before, and that of each adapter: greedy, each to its own conversation so far."""
+        with self._subject.before():
+            before = self._answer(self.before, message)
+        after = {}
+        for name, chat in self.after.items():
+            with self._subject.after(name):
+                after[name] = self._answer(chat, message)
+        return before, after
+
+    def _answer(self, chat: Chat, message: str) -> str:
+        chat.append({"role": "user", "content": message})
+        (found,) = self._subject.asker().ask([chat], self._limit)
+        text = self._subject.tokenizer.decode(found.answer_ids, skip_special_tokens=True).strip()
+        chat.append({"role": "assistant", "content": text})
+        return text
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:
@@ -114,16 +116,18 @@ def _typed() -> Iterator[str]:
 def _printer(adapters: int) -> Any:
     console = Console(highlight=False, markup=False, emoji=False)
 
-    def show(prompt: str, answers: dict[str, str]) -> None:
+    def show(prompt: str, before: str, after: dict[str, str]) -> None:
         if not sys.stdin.isatty():
             console.print(Text(f"> {prompt}", style="bold"))
-        for name, text in answers.items():
-            label = "after" if adapters == 1 and name != BEFORE else name
+        answers = [("before", before)]
+        answers += [("after" if adapters == 1 else name, text) for name, text in after.items()]
+        for label, text in answers:
             console.print(Text(f"{label}: ", style="bold").append(text, style="not bold"))
         console.print()
 
     return show
 
 
-def _write_json(file: TextIO, prompt: str, answers: dict[str, str]) -> None:
-    print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), file=file, flush=True)
+def _write_json(file: TextIO, prompt: str, before: str, after: dict[str, str]) -> None:
+    found = {"prompt": prompt, "before": before, "after": after}
+    print(json.dumps(found, ensure_ascii=False), file=file, flush=True)

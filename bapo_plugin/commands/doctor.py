@@ -1,6 +1,5 @@
 """What `bapo doctor` does: one screen that says what this machine has and what will be used."""
 
-import importlib.util
 import os
 import platform
 import sys
@@ -29,6 +28,8 @@ def diagnose() -> dict[str, Any]:
     """Facts by section, as plain values: {"versions", "optional", "devices", "used", "settings", "problems"}."""
     import torch
 
+    from bapo_kernels.chunked import triton_missing
+
     problems: list[str] = []
     versions = {"axolotl-plugin-bapo": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
@@ -53,15 +54,21 @@ def diagnose() -> dict[str, Any]:
             f"torch was built for CUDA {torch.version.cuda}, but no GPU is found: a driver is missing or too old, or "
             "CUDA_VISIBLE_DEVICES hides them"
         )
-    triton = cuda and importlib.util.find_spec("triton") is not None
-    if cuda and not triton:
-        problems.append("triton is missing: log-probs on the GPU take the slower torch path")
+    refused = [
+        triton_missing(torch.empty(0, device=f"cuda:{i}", dtype=torch.float16))
+        for i in range(torch.cuda.device_count() if cuda else 0)
+    ]
+    problems += [
+        f"device {i}: log-probs take the slower torch path: {reason}"
+        for i, reason in enumerate(refused)
+        if reason
+    ]
     return {
         "versions": versions,
         "optional": optional,
         "devices": devices or [f"CPU, {os.cpu_count()} cores, {platform.machine()}"],
         "used": {
-            "log-prob kernel": "triton" if triton else "torch",
+            "log-prob kernel": "triton" if refused and not any(refused) else "torch",
             "attention over packed rows": _attention(cuda),
             "16 bits": _half(cuda),
         },
@@ -70,9 +77,8 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def doctor() -> int:
-    """Print the facts; 1 where something will not work, else 0."""
-    found = diagnose()
+def show(found: dict[str, Any]) -> None:
+    """Print what `diagnose` found."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -88,7 +94,6 @@ def doctor() -> int:
     for problem in found["problems"]:
         console.print(f"! {problem}")
     console.print("Nothing is missing." if not found["problems"] else "", end="\n")
-    return 1 if found["problems"] else 0
 
 
 def _version(name: str) -> str | None:
@@ -122,7 +127,11 @@ def _half(cuda: bool) -> str:
 
     if not cuda:
         return "bf16 is emulated on many CPUs: set bf16: false there"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16 (this GPU has no bf16)"
+    return (
+        "bf16"
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else "fp16 (this GPU has no bf16)"
+    )
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.utils.logging import get_logger
 from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
@@ -19,6 +20,8 @@ from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
+
+LOG = get_logger("axolotl." + __name__)
 
 _SAMPLES = 8
 #: prompts of many kinds that have nothing to do with anybody's taste
@@ -68,6 +71,7 @@ def evaluate(
         raise ValueError(
             f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
         )
+    is_asked = bool(probe)
     if probe is None:
         probe = prompts is None and not tasks and not data
     if prompts is None and not tasks and not data and not config and not probe:
@@ -83,6 +87,9 @@ def evaluate(
     answers = _former_answers(
         subject, prompts, chats, max_new_tokens, required=not tasks and not probe
     )
+    if probe and not is_asked and not subject.tokenizer.chat_template and answers:
+        LOG.warning("The tokenizer has no chat template: unrelated prompts are not asked")
+        probe = False
     probed = _asked(subject, read_prompts(PROBE), max_new_tokens) if probe else []
 
     found: dict[str, Any] = {

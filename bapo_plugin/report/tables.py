@@ -1,7 +1,6 @@
 """What the report's tables hold, as text."""
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,9 @@ from typing import Any
 import yaml
 
 from bapo_plugin.report.read import TRAINER_CLS, Run, flatten, number
+from bapo_plugin.runs import without_secrets
 
 DASH = "–"
-# a report is handed on, keys of accounts are not
-_SECRET = re.compile(
-    r"(api_?key|secret|password|(hub|hf|auth|access|use_auth)_token)$", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -274,15 +270,7 @@ def _settings(run: Run) -> dict[str, Any]:
     if config.get("trainer_cls") == TRAINER_CLS:  # as in the user's YAML, before the plugin's part
         del config["trainer_cls"]
         config["rl"] = "bapo"
-    return _masked({**config, **{key: value for key, value in more.items() if value}})
-
-
-def _masked(value: Any, key: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _masked(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_masked(v) for v in value]
-    return "(not shown)" if value and isinstance(value, str) and _SECRET.search(key) else value
+    return without_secrets({**config, **{key: value for key, value in more.items() if value}})
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,9 @@ def verdict(run: Run) -> Verdict:
 
 
 def _learned(run: Run) -> str:
-    accuracy, where = run.last("eval_rewards/accuracies"), "held-out pairs"
+    named = [k for k in run.series if k.startswith("eval_") and k.endswith("rewards/accuracies")]
+    found = [value for name in named if (value := run.last(name)) is not None]
+    accuracy, where = (sum(found) / len(found) if found else None), "held-out pairs"
     if accuracy is None:
         accuracy, where = (
             run.last("rewards/accuracies"),

@@ -7,6 +7,7 @@ only, or goes on after an interruption, finds it there.
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from bapo_plugin.store import Store
 
 COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats
 TOKENS_COLUMN = "reference_base_logps"  # and of each token of their base response, nats
+_OFF = 1e-2  # nats a token, by which sums may differ that rows bring
 FILE = "bapo-reference.sqlite"  # in dataset_prepared_path
 _NOT_WEIGHTS = ("_name_or_path", "use_cache", "transformers_version", "architectures")
 
@@ -124,17 +126,20 @@ class ReferenceCache:
         if self._path is not None and self._accelerator.is_main_process:
             store = Store(self._path, "reference log-probs")
             keys = list(_sequence_keys(rows, self._model_key))
-            known = store.get("logp", {key for row in keys for key in row})
+            wanted = {key for row in keys for key in row}
+            if self._holds_tokens:
+                wanted |= {_of_tokens(row) for row in keys}
+            known = store.get("logp", wanted)
             for i, row in enumerate(keys):
                 found = [known.get(key) for key in row]
                 if None in found:
                     continue
-                brought = np.frombuffer(found[-1][8:], dtype="<f4")
                 if self._holds_tokens:
-                    if len(brought) != lengths[i]:
-                        continue  # a run that looks at whole responses only has left it
-                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(brought.copy())
-                logps[i] = torch.tensor([struct.unpack_from("<d", value)[0] for value in found])
+                    kept = np.frombuffer(known.get(_of_tokens(row), b""), dtype="<f4")
+                    if len(kept) != lengths[i]:
+                        continue  # a run that looks at whole responses only has left none
+                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(kept.copy())
+                logps[i] = torch.tensor([struct.unpack("<d", value)[0] for value in found])
         logps = self._shared(logps)
         if self._holds_tokens:
             tokens = self._shared(tokens)
@@ -155,6 +160,11 @@ class ReferenceCache:
 
     def _brought(self, rows: Dataset, name: str) -> ReferenceLogps:
         logps = torch.tensor(rows[COLUMN][:], dtype=torch.float64)
+        if not logps.isfinite().all():
+            bad = int((~logps.isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"row {bad + 1} of the {name} rows brings {rows[COLUMN][bad]} in {COLUMN}, which is not finite"
+            )
         if not self._holds_tokens:
             return ReferenceLogps(logps, None)
         if TOKENS_COLUMN not in rows.column_names:
@@ -164,10 +174,16 @@ class ReferenceCache:
             )
         brought = rows[TOKENS_COLUMN][:]
         for i, (part, length) in enumerate(zip(brought, base_lengths(rows), strict=True)):
-            if len(part) != length:
+            row = f"row {i + 1} of the {name} rows"
+            if len(part or ()) != length:
                 raise ValueError(
-                    f"row {i + 1} of the {name} rows has {len(part)} numbers in {TOKENS_COLUMN} and {length} tokens in "
-                    "base_ids; they must be as many"
+                    f"{row} has {len(part or ())} numbers in {TOKENS_COLUMN} and {length} tokens in base_ids; they must be as many"
+                )
+            off = sum(x if x is not None else math.nan for x in part) - logps[i, -1].item()
+            if not abs(off) <= _OFF * length:
+                raise ValueError(
+                    f"{row}: the numbers in {TOKENS_COLUMN} sum up to {off:+.3g} nats beside that of the base response in {COLUMN}; "
+                    "they must be of one model, and finite"
                 )
         return ReferenceLogps(logps, torch.tensor([x for part in brought for x in part]))
 
@@ -310,16 +326,21 @@ def _sequence_keys(rows: Dataset, model_key: str) -> Iterator[list[str]]:
 
 
 def _entries(keys: list[list[str]], values: Tensor, by_row: list[np.ndarray]) -> dict[str, bytes]:
-    """What the file holds of rows: under the key of each response its log-prob, fp64; behind that of a base response
-    those of its tokens, fp32, where they are known."""
+    """What the file holds of rows: under the key of each response its log-prob, fp64; under one of its own those of a base
+    response's tokens, fp32, where they are known."""
     entries = {
         key: struct.pack("<d", value)
         for row, numbers in zip(keys, values.tolist(), strict=True)
         for key, value in zip(row, numbers, strict=True)
     }
     for row, tokens in zip(keys, by_row, strict=bool(by_row)):
-        entries[row[-1]] = entries[row[-1]][:8] + tokens.astype("<f4").tobytes()
+        entries[_of_tokens(row)] = tokens.astype("<f4").tobytes()
     return entries
+
+
+def _of_tokens(keys: list[str]) -> str:
+    """The key of the tokens of a row's base response."""
+    return f"{keys[-1]} tokens"
 
 
 def base_lengths(rows: Dataset) -> list[int]:

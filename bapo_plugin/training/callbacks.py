@@ -38,10 +38,12 @@ class RunRecord(TrainerCallback):
         self._rows = dict(rows)
         #: whether training came to its end, be it that of `bapo.retention.stop_below`
         self.finished = False
+        #: between the first step and the end
+        self.is_under_way = False
         self._written = -math.inf
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.finished = False
+        self.finished, self.is_under_way = False, True
         self._write_record(args, state)
 
     def _write_record(self, args: Any, state: Any) -> None:
@@ -65,7 +67,7 @@ class RunRecord(TrainerCallback):
             self._write(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.finished = True
+        self.finished, self.is_under_way = True, False
         self._write(args, state)
         self._write_record(args, state)
 

@@ -9,6 +9,7 @@ import yaml
 from accelerate.utils import is_peft_model
 from axolotl.utils.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from bapo_plugin.runs import how_far
 
@@ -40,16 +41,22 @@ def leave_base_model_out(trainer: "BAPOTrainer") -> None:
     if not is_peft_model(model):
         return
 
-    def save_pretrained(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        model.save_pretrained(folder, *args, **kwargs)
-        if not trainer.record.finished and trainer.is_world_process_zero():
+    base = model.get_base_model()
+    original = base.save_pretrained
+
+    def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            original(save_directory, *args, **kwargs)  # merged: a model of its own again
+            return
+        model.save_pretrained(save_directory, *args, **kwargs)
+        if trainer.record.is_under_way and trainer.is_world_process_zero():
             step, last = trainer.state.global_step, trainer.state.max_steps
             LOG.warning(
-                f"Interrupted at step {step} of {last}. {folder} has the adapter as it is now; with "
+                f"Interrupted at step {step} of {last}. {save_directory} has the adapter as it is now; with "
                 "`auto_resume_from_checkpoints: true` in the YAML the same command goes on at the last checkpoint"
             )
 
-    model.get_base_model().save_pretrained = save_pretrained
+    base.save_pretrained = save_pretrained
 
 
 def tell_what_is_overwritten(output_dir: str | os.PathLike, goes_on: bool) -> None:
@@ -120,12 +127,15 @@ def write_card(trainer: "BAPOTrainer", name: str | None) -> None:
 def _measured(trainer: "BAPOTrainer") -> list[str]:
     """A table of the last evaluation and of retention, where there were any."""
     log = trainer.state.log_history
-    held_out: dict[str, Any] = next((e for e in reversed(log) if "eval_drift/base" in e), {})
+    # of several named sets the first
+    ends = [k for e in log for k in e if k.startswith("eval_") and k.endswith("drift/base")]
+    prefix = ends[0].removesuffix("drift/base") if ends else "eval_"
+    held_out: dict[str, Any] = next((e for e in reversed(log) if f"{prefix}drift/base" in e), {})
     kept: dict[str, Any] = next((e for e in reversed(log) if "retention/drift" in e), {})
     rows = [
-        (label, form.format(held_out[f"eval_{key}"]))
+        (label, form.format(held_out[f"{prefix}{key}"]))
         for key, label, form in _MEASURED
-        if f"eval_{key}" in held_out
+        if f"{prefix}{key}" in held_out
     ]
     rows += [
         (f"{label} (`bapo.retention`)", form.format(kept[key]))

@@ -41,8 +41,8 @@ def test_lines_are_asked_apart_before_and_after(folder, monkeypatch, subject):
     lines = ["tell me about the sea", "what is gold"]
     command.chat([folder / "mine"], lines, max_new_tokens=6, json_to=out)
     found = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [set(answer) for answer in found] == [{"prompt", "before", "mine"}] * 2
-    assert any(answer["before"] != answer["mine"] for answer in found)
+    assert [set(answer) for answer in found] == [{"prompt", "before", "after"}] * 2
+    assert any(answer["before"] != answer["after"]["mine"] for answer in found)
     # the second says nothing of the first: asked alone it is the same
     out = io.StringIO()
     command.chat([folder / "mine"], lines[1:], max_new_tokens=6, json_to=out)
@@ -52,13 +52,15 @@ def test_lines_are_asked_apart_before_and_after(folder, monkeypatch, subject):
 def test_a_conversation_goes_on_with_each_ones_own_answers(subject):
     talk = command.Talk(subject, 6)
     first, second = talk.say("tell me about the sea"), talk.say("and of gold")
-    for name in ("before", "mine"):
-        assert [turn["content"] for turn in talk._chats[name]] == [
-            "tell me about the sea", first[name], "and of gold", second[name],
+    said = [(talk.before, first[0], second[0])]
+    said += [(talk.after["mine"], first[1]["mine"], second[1]["mine"])]
+    for turns, one, two in said:
+        assert [turn["content"] for turn in turns] == [
+            "tell me about the sea", one, "and of gold", two,
         ]  # fmt: skip
     talk.begin()
     talk.say("and of gold")
-    assert [len(turns) for turns in talk._chats.values()] == [2, 2]
+    assert [len(turns) for turns in (talk.before, talk.after["mine"])] == [2, 2]
 
 
 def test_stdin_of_a_script_is_read_line_by_line(folder):
@@ -86,6 +88,7 @@ def test_doctor_says_what_will_be_used_and_what_is_missing(monkeypatch):
     assert found["problems"] == [] and result.exit_code == 0
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda n: "0.22.1" if n == "axolotl" else real(n))
+    assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "axolotl 0.22.1 isn't supported: take 0.19 or later, before 0.22" in result.output

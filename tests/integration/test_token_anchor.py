@@ -173,3 +173,60 @@ def test_evaluation_measures_it_too(tmp_path):
     drift = drift_by_hand(trainer.model, rows)
     lost = torch.stack([torch.relu(-d).mean() for d in drift]).mean().item()
     assert found["eval_anchor/lost"] == pytest.approx(lost, rel=1e-4)
+
+
+def test_a_response_that_is_one_rows_base_and_anothers_chosen_is_computed_once(
+    tmp_path, monkeypatch
+):
+    """Their keys are the same; what is kept of one mustn't replace what is kept of the other."""
+    from bapo_plugin.training.reference import Reference
+
+    first, second = make_rows(2)
+    second |= {"prompt": first["prompt"], "chosen": first["base"], "base": first["chosen"]}
+    calls, live = [], Reference.live
+    monkeypatch.setattr(Reference, "live", lambda *args: calls.append(1) or live(*args))
+    passes = []
+    for _ in range(3):
+        calls.clear()
+        changes = {"per_device_eval_batch_size": 1, "cache_dir": tmp_path / "cache"}
+        trainer = drifted(tmp_path, rows=[first, second], **changes)
+        trainer.get_train_dataloader()
+        passes.append(len(calls))
+    assert passes == [2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "column, value, match",
+    [
+        (TOKENS_COLUMN, float("nan"), "row 1 of the training rows: .* of one model, and finite"),
+        (TOKENS_COLUMN, None, "row 1 of the training rows: .* of one model, and finite"),
+        (TOKENS_COLUMN, -500.0, "row 1 .* sum up to .* nats beside that of the base response"),
+        (COLUMN, float("inf"), "row 1 of the training rows brings .* not finite"),
+    ],
+)
+def test_what_rows_bring_is_checked(tmp_path, column, value, match):
+    rows = [
+        row | {COLUMN: [-9.0, -8.0, -7.0], TOKENS_COLUMN: [-7.0 / n] * n}
+        for row in make_rows_as_ids(2)
+        for n in [len(row["base_ids"])]
+    ]
+    drifted(tmp_path, rows=rows).get_train_dataloader()
+    rows[0][column][0] = value
+    with pytest.raises(ValueError, match=match):
+        drifted(tmp_path, rows=rows).get_train_dataloader()
+
+
+def make_rows_as_ids(n):
+    generator = torch.Generator().manual_seed(1)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "base_ids")
+    return [
+        {name: torch.randint(3, 300, (5 + i,), generator=generator).tolist() for name in names}
+        for i in range(n)
+    ]
+
+
+def test_dpo_needs_no_tokens(tmp_path):
+    rows = [row | {COLUMN: [-9.0, -8.0, -7.0]} for row in make_rows_as_ids(2)]
+    trainer = drifted(tmp_path, rows=rows, bapo={"anchor_weight": 0})
+    trainer.get_train_dataloader()
+    assert trainer.reference.known(batch_of(trainer)).base_tokens is None

@@ -82,9 +82,13 @@ def config(tmp_path, **changes):
         ({"lora_model_dir": "owner/adapter"}, False),
         ({"datasets": "rows"}, False),
         ({"base_model": None, "datasets": None}, False),
+        ({"attn_implementation": "kernels-community/flash-attn2"}, False),
+        ({"datasets": [{"path": "{here}", "data_files": "https://host/rows.jsonl"}]}, False),
+        ({"datasets": [{"path": "{here}", "data_files": ["{here}"]}]}, True),
     ],
 )
 def test_local_is_what_names_no_hub(tmp_path, changes, local):
+    changes = json.loads(json.dumps(changes).replace("{here}", str(tmp_path)))
     assert network.is_local(config(tmp_path, **changes)) is local
 
 
@@ -109,3 +113,26 @@ def test_what_is_set_before_the_libraries_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_secrets_are_not_handed_on():
+    config = {
+        "API_KEY": "S1",
+        "hatchery": {"api_key": "S2", "list": [{"AWS_SECRET": "S3"}]},
+        "hf_token": "S4",
+        "swanlab_lark_webhook_url": "https://S5",
+        "bapo": {"anchors": {"server": {"url": "https://me:S6@host:8000/v1"}}},
+        "special_tokens": {"eos_token": "<|im_end|>", "pad_token": "<pad>"},
+        "learning_rate": 1e-4,
+    }
+    found = runs.without_secrets(config)
+    assert not any(f"S{i}" in json.dumps(found) for i in range(1, 7))
+    assert found["bapo"]["anchors"]["server"]["url"] == "https://host:8000/v1"
+    assert found["special_tokens"] == config["special_tokens"] and found["learning_rate"] == 1e-4
+
+
+def test_names_of_local_tasks_are_those_of_the_tasks():
+    from bapo_plugin.arguments import LOCAL_TASKS
+    from bapo_plugin.evaluation.local import LOCAL
+
+    assert LOCAL_TASKS == {"paper", *LOCAL}

@@ -33,7 +33,7 @@ def test_register_turns_bapo_into_a_dpo_run_with_our_trainer():
     assert [entry.get("field_base") for entry in kept["test_datasets"]] == ["held"]
     assert kept["datasets"][1]["type"] == {"field_chosen": "good"}
     assert "field_base" not in cfg.datasets[0] and "field_base" not in cfg.datasets[1]["type"]
-    assert BAPOPlugin().get_training_args(cfg)["bapo"]["anchor_weight"] == 0.1
+    assert BAPOPlugin().get_training_args(cfg)["bapo"]["anchor_weight"] == 0.05
 
 
 @pytest.mark.parametrize("rl", ["dpo", "kto", None])

@@ -98,6 +98,30 @@ PlanPromptTokens = Annotated[
 PlanResponseTokens = Annotated[
     int | None, typer.Option(help="Tokens of each of its responses.", min=1)
 ]
+# of `bapo personas`
+Base = Annotated[Path, typer.Argument(help="YAML that all personas begin with.")]
+Personas = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PERSONAS", help="YAML with the name of each persona and what differs for it."
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="This persona only; several by repeating."),
+]
+OnlyList = Annotated[
+    bool,
+    typer.Option(
+        "--list",
+        "--dry-run",
+        help="Write the personas' YAMLs and print the commands, for a scheduler; run none.",
+    ),
+]
+OnlyMatrix = Annotated[
+    bool, typer.Option("--matrix", help="Train nothing; measure those that are trained.")
+]
+Launcher = Annotated[str | None, typer.Option(help="Of `axolotl train`. Default: axolotl's own.")]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ bapo anchors CONFIG.yml [--output FILE.jsonl|.parquet] [--explain] [--verify]
 bapo eval CONFIG.yml|ADAPTER ... [--prompts FILE|N] [--tasks NAME|FILE.yaml] [--data FOLDER] [--scale 0.5] ...
 bapo report RUN ... [--output report.html]
 bapo chat RUN [--prompt TEXT] ...
+bapo personas CONFIG.yml PERSONAS.yml [--only NAME] [--list | --matrix]
 bapo plan CONFIG.yml [--gpu "RTX 4090" | --vram 24]
 bapo doctor
 python -m bapo_plugin ...   the same, for accelerate to launch on several GPUs
@@ -21,6 +22,7 @@ import typer
 from bapo_plugin import __version__
 from bapo_plugin.arguments import (
     AsJson,
+    Base,
     Config,
     EvalData,
     EvalProbe,
@@ -28,7 +30,12 @@ from bapo_plugin.arguments import (
     EvalScale,
     EvalTargets,
     EvalTasks,
+    Launcher,
     LoadIn4Bit,
+    Only,
+    OnlyList,
+    OnlyMatrix,
+    Personas,
     PlanGpu,
     PlanModelConfig,
     PlanPromptTokens,
@@ -278,6 +285,49 @@ def chat(
         fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command()
+def personas(
+    config: Base,
+    file: Personas,
+    only: Only = None,
+    only_list: OnlyList = False,
+    only_matrix: OnlyMatrix = False,
+    launcher: Launcher = None,
+) -> None:
+    """Many users, one model: train an adapter for each, then measure each on everybody's pairs.
+
+    CONFIG: the YAML that all begin with. PERSONAS: a YAML with the name of each and what differs,
+    for instance (lists of data sets are merged entry by entry):
+
+        anna: {datasets: [{field_chosen: plain}]}
+
+        jack: {datasets: [{field_chosen: pirate}], learning_rate: 1e-4}
+
+    bapo personas config.yml personas.yml
+
+    Each gets a folder in CONFIG's output_dir, with a config.yml for all other commands. What is trained is
+    skipped, what was interrupted goes on. Base responses and reference log-probs are made once for all. The
+    matrix goes to the screen and to bapo-personas.json, .md and .png in CONFIG's output_dir.
+    """
+    if only_list and only_matrix:
+        fail("--list and --matrix contradict each other; give one")
+    must_exist(config, file)
+    from bapo_plugin.commands.personas import personas
+
+    try:
+        code = personas(
+            config,
+            file,
+            only=only or (),
+            only_list=only_list,
+            only_matrix=only_matrix,
+            launcher=launcher,
+        )
+    except ValueError as error:
+        fail(str(error))
+    raise typer.Exit(code)
 
 
 @app.command()

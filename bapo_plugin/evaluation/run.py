@@ -83,7 +83,7 @@ def evaluate(
     answers = _former_answers(
         subject, prompts, chats, max_new_tokens, required=not tasks and not probe
     )
-    probed = _asked(subject, read_prompts(PROBE), max_new_tokens) if probe else []
+    probed = asked_before(subject, read_prompts(PROBE), max_new_tokens) if probe else []
 
     found: dict[str, Any] = {
         "format": 1,
@@ -133,7 +133,7 @@ def _former_answers(
     required: bool,
 ) -> list[FormerAnswer]:
     if chats is not None:
-        return _asked(subject, chats, max_new_tokens)
+        return asked_before(subject, chats, max_new_tokens)
     if subject.cfg is None or not is_active(subject.cfg):
         if prompts is None and not required:
             return []
@@ -151,7 +151,8 @@ def _former_answers(
     return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
 
 
-def _asked(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
+def asked_before(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
+    """Answers of the model as it was before training, with a progress bar."""
     bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
     with bar, subject.before():
         return subject.asker().ask(chats, max_new_tokens, bar.update)

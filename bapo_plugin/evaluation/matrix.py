@@ -5,6 +5,7 @@ is Δ_chosen − Δ_rejected; both are those of training (`rewards/margins` is �
 """
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -218,7 +219,7 @@ def _nats(number: Mapping[str, float | None]) -> str:
 
 def _legend(found: Mapping[str, Any]) -> list[str]:
     return [
-        "A column a persona: its held-out pairs. Above: the share that an adapter ranks right. Below: its margin, nats. "
+        "Columns are the held-out pairs of a persona. Above: the share that an adapter ranks right. Below: its margin, nats. "
         f"{_OWN} marks a persona's own pairs. 0 nats is the model before training.",
         f"Drift and lost: {found['retention']['prompts']} unrelated prompts. Drift is what former answers have gained or lost, nats "
         "an answer. Lost is the share of answers that lost over 2 nats.",
@@ -229,27 +230,32 @@ def _legend(found: Mapping[str, Any]) -> list[str]:
 def print_matrix(found: Mapping[str, Any]) -> None:
     """One table where it fits on the screen, else several below each other."""
     console = Console(markup=False, emoji=False, highlight=False)  # names are not ours
-    heading, *rows = matrix_rows(found)
-    places = range(1, len(heading))
-    for size in range(len(places), 0, -1):
-        tables = [_table(heading, rows, places[i : i + size]) for i in range(0, len(places), size)]
-        wide = console.options.update(width=10_000)
-        if all(console.measure(t, options=wide).maximum <= console.width for t in tables):
-            break
-    console.print(f"\n{found['model']}: each adapter on each persona's held-out pairs\n")
-    for table in tables:
+    rows = matrix_rows(found)
+    console.print(f"\n{found['model']}: each adapter on each persona's held-out pairs")
+    wide = console.options.update(width=10_000)
+    start, last = 1, len(rows[0])
+    while start < last:
+        stop, table = start + 1, _table(rows, start, start + 1)
+        while stop < last:
+            wider = _table(rows, start, stop + 1)
+            if console.measure(wider, options=wide).maximum > console.width:
+                break
+            stop, table = stop + 1, wider
         console.print(table)
+        start = stop
     for line in _legend(found):
         console.print(line)
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], places: Sequence[int]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_lines=False)
-    table.add_column(heading[0], overflow="fold")
-    for i in places:
-        table.add_column(heading[i], justify="right", no_wrap=True)
+def _table(rows: Sequence[Sequence[str]], start: int, stop: int) -> Table:
+    """The columns from start to stop, not included, behind the first."""
+    heading, *rows = rows
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(heading[0], overflow="fold", max_width=24)
+    for name in heading[start:stop]:
+        table.add_column("\n".join(textwrap.wrap(name, 16)), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row[0], *(row[i] for i in places))
+        table.add_row(row[0], *row[start:stop])
     return table
 
 

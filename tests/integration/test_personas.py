@@ -264,6 +264,8 @@ def test_the_matrix_is_of_those_that_are_trained(here, trained):
     _, done = trained
     result = run(here, "--matrix")
     assert result.exit_code == 2 and "--matrix: none is trained" in result.output
+    assert not (here / "out").exists()
+    run(here, "--list")
     leave(here / "out/plain")  # beside the YAML that is written there by now
     result = run(here, "--matrix")
     assert result.exit_code == 0 and done == [["plain"]]

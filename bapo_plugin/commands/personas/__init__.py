@@ -58,9 +58,8 @@ def personas(
         )
     found = [p for p in found if not only or p.name in only]
     todo = [p for p in found if not is_trained(p)]
-    for persona in todo:
+    for persona in todo if not only_matrix else ():
         write_whole(persona.path, _text(persona, config, file))
-    stay_offline([p.path for p in found])
     # the same command again, for messages
     again = shlex.join(["bapo", "personas", str(config), str(file)])
     again += "".join(f" --only {shlex.quote(name)}" for name in only)
@@ -79,7 +78,8 @@ def personas(
         found = [p for p in found if p not in todo]
         if not found:
             raise ValueError(f"--matrix: none is trained; train first: {again}")
-    else:
+    stay_offline([p.path for p in found])
+    if not only_matrix:
         again += f" --launcher {launcher}" if launcher else ""
         if code := train_all(found, todo, launcher, again):
             return code

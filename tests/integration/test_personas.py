@@ -334,9 +334,11 @@ def held_out(persona):
     from axolotl.cli.config import load_cfg
     from axolotl.loaders import load_tokenizer
 
+    from bapo_plugin.compat import only_reading
     from bapo_plugin.prepare import prepare_rows
 
-    cfg = load_cfg(str(persona.path))
+    with only_reading():
+        cfg = load_cfg(str(persona.path))
     return prepare_rows(cfg, load_tokenizer(cfg))[1].to_list()
 
 

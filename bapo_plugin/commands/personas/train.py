@@ -86,7 +86,7 @@ def train_all(found: list[Persona], todo: list[Persona], launcher: str | None, a
             # axolotl ends with 0 where it is interrupted
             how = f"ended with exit code {code}" if code else f"{how_far(persona.folder)} and ended"
             typer.echo(
-                f"Error: {number}: training {how}; its output stands above. When that is mended, the same command goes on: "
+                f"Error: {number}: training {how}; its own output says why. When that is mended, the same command goes on: "
                 f"{again}",
                 err=True,
             )

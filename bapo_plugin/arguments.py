@@ -21,6 +21,110 @@ LoadIn4Bit = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs, and nothing else on stdout.")
 ]
+# of `bapo eval`
+EvalTargets = Annotated[
+    list[Path],
+    typer.Argument(
+        help="YAML of a run (its adapter is that in output_dir), and folders of adapters of the same base "
+        "model, which get a column each.",
+    ),
+]
+EvalPrompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        "-p",
+        help="Prompts to ask before and after: a file (.txt, one a line; .jsonl with `prompt`), or a number of "
+        "held-out rows of the YAML, whose base responses are taken. Default: all held-out rows.",
+    ),
+]
+EvalProbe = Annotated[
+    bool | None,
+    typer.Option(
+        "--probe/--no-probe",
+        help="Ask 48 prompts of many kinds too, which have nothing to do with the data. Default: where neither "
+        "--prompts nor --tasks is given.",
+    ),
+]
+EvalTasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        "-t",
+        help="Tasks of lm-eval, by name or as YAML files; several with commas or by repeating. `paper`: ScienceQA, "
+        "MMLU humanities and HHH alignment, which ask the hub for their questions unless --data is given.",
+    ),
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Folder with the questions of local tasks, in place of the hub: scienceqa.jsonl, mmlu.jsonl and "
+        "hhh.jsonl (`--tasks paper`), truthfulqa.jsonl (`--tasks truthfulqa`).",
+    ),
+]
+EvalScale = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scale",
+        "-s",
+        help="Measure each LoRA also with its weights scaled by this, a number from 0 (before) to 1 (after) or "
+        "beyond; several with commas or by repeating.",
+    ),
+]
+# of `bapo plan`
+PlanGpu = Annotated[
+    str | None,
+    typer.Option("--gpu", "-g", help='Name of a card, such as "RTX 4090" or "A100 80GB".'),
+]
+PlanVram = Annotated[
+    float | None,
+    typer.Option("--vram", help="Memory of a card in GB, in place of its name.", min=1),
+]
+PlanModelConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="config.json of the model, or the folder with it. Default: that of base_model; a hub model's is looked for in "
+        "the local cache, then on the hub, unless HF_HUB_OFFLINE is set.",
+    ),
+]
+PlanPromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the longest row's prompt. Default: the worst case of sequence_len.",
+        min=1,
+    ),
+]
+PlanResponseTokens = Annotated[
+    int | None, typer.Option(help="Tokens of each of its responses.", min=1)
+]
+# of `bapo personas`
+Base = Annotated[Path, typer.Argument(help="YAML that all personas begin with.")]
+Personas = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PERSONAS", help="YAML with the name of each persona and what differs for it."
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="This persona only; several by repeating."),
+]
+OnlyList = Annotated[
+    bool,
+    typer.Option(
+        "--list",
+        "--dry-run",
+        help="Write the personas' YAMLs and print the commands, for a scheduler; run none.",
+    ),
+]
+OnlyMatrix = Annotated[
+    bool, typer.Option("--matrix", help="Train nothing; measure those that are trained.")
+]
+Launcher = Annotated[str | None, typer.Option(help="Of `axolotl train`. Default: axolotl's own.")]
 
 
 @contextmanager

@@ -12,8 +12,25 @@ from bapo_plugin import __version__
 from bapo_plugin.arguments import (
     LOCAL_TASKS,
     AsJson,
+    Base,
     Config,
+    EvalData,
+    EvalProbe,
+    EvalPrompts,
+    EvalScale,
+    EvalTargets,
+    EvalTasks,
+    Launcher,
     LoadIn4Bit,
+    Only,
+    OnlyList,
+    OnlyMatrix,
+    Personas,
+    PlanGpu,
+    PlanModelConfig,
+    PlanPromptTokens,
+    PlanResponseTokens,
+    PlanVram,
     fail,
     must_exist,
     others_to_stderr,
@@ -138,57 +155,12 @@ def anchors(
 
 @app.command("eval")
 def evaluate(
-    targets: Annotated[
-        list[Path],
-        typer.Argument(
-            help="YAML of a run (its adapter is that in output_dir), and folders of adapters of the same base "
-            "model, which get a column each.",
-        ),
-    ],
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="Prompts to ask before and after: a file (.txt, one a line; .jsonl with `prompt`), or a number of "
-            "held-out rows of the YAML, whose base responses are taken. Default: all held-out rows.",
-        ),
-    ] = None,
-    probe: Annotated[
-        bool | None,
-        typer.Option(
-            "--probe/--no-probe",
-            help="Ask 48 prompts of many kinds too, which have nothing to do with the data. Default: where neither "
-            "--prompts nor --tasks is given.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            "-t",
-            help="Tasks of lm-eval, by name or as YAML files; several with commas or by repeating. `paper`: ScienceQA, "
-            "MMLU humanities and HHH alignment, which ask the hub for their questions unless --data is given.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            "-d",
-            help="Folder with the questions of local tasks, in place of the hub: scienceqa.jsonl, mmlu.jsonl and "
-            "hhh.jsonl (`--tasks paper`), truthfulqa.jsonl (`--tasks truthfulqa`).",
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scale",
-            "-s",
-            help="Measure each LoRA also with its weights scaled by this, a number from 0 (before) to 1 (after) or "
-            "beyond; several with commas or by repeating.",
-        ),
-    ] = None,
+    targets: EvalTargets,
+    prompts: EvalPrompts = None,
+    probe: EvalProbe = None,
+    tasks: EvalTasks = None,
+    data: EvalData = None,
+    scale: EvalScale = None,
     limit: Annotated[
         int | None, typer.Option(help="At most so many questions of each task.", min=1)
     ] = None,
@@ -306,35 +278,56 @@ def chat(
 
 
 @app.command()
+def personas(
+    config: Base,
+    file: Personas,
+    only: Only = None,
+    only_list: OnlyList = False,
+    only_matrix: OnlyMatrix = False,
+    launcher: Launcher = None,
+) -> None:
+    """Many users, one model: train an adapter for each, then measure each on everybody's pairs.
+
+    CONFIG: the YAML that all begin with. PERSONAS: a YAML with the name of each and what differs,
+    for instance (lists of data sets are merged entry by entry):
+
+        anna: {datasets: [{field_chosen: plain}]}
+
+        jack: {datasets: [{field_chosen: pirate}], learning_rate: 1e-4}
+
+    bapo personas config.yml personas.yml
+
+    Each gets a folder in CONFIG's output_dir, with a config.yml for all other commands. What is trained is
+    skipped, what was interrupted goes on. Base responses and reference log-probs are made once for all. The
+    matrix goes to the screen and to bapo-personas.json, .md and .png in CONFIG's output_dir.
+    """
+    if only_list and only_matrix:
+        fail("--list and --matrix contradict each other; give one")
+    must_exist(config, file)
+    from bapo_plugin.commands.personas import personas
+
+    try:
+        code = personas(
+            config,
+            file,
+            only=only or (),
+            only_list=only_list,
+            only_matrix=only_matrix,
+            launcher=launcher,
+        )
+    except ValueError as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
 def plan(
     config: Config,
-    gpu: Annotated[
-        str | None,
-        typer.Option("--gpu", "-g", help='Name of a card, such as "RTX 4090" or "A100 80GB".'),
-    ] = None,
-    vram: Annotated[
-        float | None,
-        typer.Option("--vram", help="Memory of a card in GB, in place of its name.", min=1),
-    ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="config.json of the model, or the folder with it. Default: that of base_model; a hub model's is looked for in "
-            "the local cache, then on the hub, unless HF_HUB_OFFLINE is set.",
-        ),
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of the longest row's prompt. Default: the worst case of sequence_len.",
-            min=1,
-        ),
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of each of its responses.", min=1)
-    ] = None,
+    gpu: PlanGpu = None,
+    vram: PlanVram = None,
+    model_config: PlanModelConfig = None,
+    prompt_tokens: PlanPromptTokens = None,
+    response_tokens: PlanResponseTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Does this run fit on a card, how large may it be, and how long does it take?

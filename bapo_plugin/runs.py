@@ -40,6 +40,11 @@ def check_adapter(folder: Path) -> None:
     )
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run of ours has recorded here that training came to its end."""
+    return bool((_read(folder / RECORD) or {}).get("finished"))
+
+
 def unfinished(folder: Path) -> str | None:
     """What is to be said of an adapter whose training didn't come to its end; None where it did, or isn't known."""
     record = _read(folder / RECORD)

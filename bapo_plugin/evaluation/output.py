@@ -164,17 +164,19 @@ def _markdown(found: dict[str, Any]) -> str:
                 "",
             ]
     text += ["± is one standard error; that of a difference is paired, question by question.", ""]
-    text += _markdown_table(table_rows(found))
+    text += markdown_table(table_rows(found))
     if found["tasks"]:
         text += ["## Tasks by group and subject", "", f"{_AT_CHANCE.capitalize()}.", ""]
         if found["data"]:
             text += [f"Questions of files in {found['data']}.", ""]
-        text += _markdown_table(part_rows(found))
+        text += markdown_table(part_rows(found))
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return "\n".join([*text, versions, ""])
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the first row is the heading."""
+
     def line(cells: Sequence[str]) -> str:
         return (
             "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"

@@ -90,7 +90,7 @@ def evaluate(
     if probe and not is_asked and not subject.tokenizer.chat_template and answers:
         LOG.warning("The tokenizer has no chat template: unrelated prompts are not asked")
         probe = False
-    probed = _asked(subject, read_prompts(PROBE), max_new_tokens) if probe else []
+    probed = asked_before(subject, read_prompts(PROBE), max_new_tokens) if probe else []
 
     found: dict[str, Any] = {
         "format": 1,
@@ -140,7 +140,7 @@ def _former_answers(
     required: bool,
 ) -> list[FormerAnswer]:
     if chats is not None:
-        return _asked(subject, chats, max_new_tokens)
+        return asked_before(subject, chats, max_new_tokens)
     if subject.cfg is None or not is_active(subject.cfg):
         if prompts is None and not required:
             return []
@@ -158,7 +158,8 @@ def _former_answers(
     return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
 
 
-def _asked(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
+def asked_before(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
+    """Answers of the model as it was before training, with a progress bar."""
     bar = tqdm(total=len(chats), desc="Answers before training", unit="prompt")
     with bar, subject.before():
         return subject.asker().ask(chats, max_new_tokens, bar.update)

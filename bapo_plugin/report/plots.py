@@ -45,7 +45,7 @@ COLOURS = {
     "run7": ("#93439a", "#cf8fd6"),
     "run8": ("#5d636e", "#a2a8b3"),
 }
-_LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 _STAND_INS = {name: f"#fe00{i:02x}" for i, name in enumerate(COLOURS)}
 
 _WIDTH, _HEIGHT = 360, 236  # points, of a panel
@@ -53,7 +53,7 @@ _MARGINS = {"left": 48, "right": 12, "top": 10, "bottom": 40}
 _FONT = 12
 _MAX_POINTS = 500  # of a line: more can't be told apart in a panel
 _MAX_MARKERS = 12
-_SETTINGS = {
+SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bapo",  # ids are otherwise random, and the page another one each time
     "font.size": _FONT,
@@ -76,7 +76,7 @@ def panel_svg(panel: Panel, figure: Figure, prefix: str) -> str:
     Args:
         prefix: put before each id, so that those of several panels don't clash in one page.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         canvas = Canvas(figsize=(_WIDTH / 72, _HEIGHT / 72))
         FigureCanvasSVG(canvas)
         axes = canvas.add_axes(_box(0, 0, 1, _HEIGHT))
@@ -103,18 +103,18 @@ def figure_png(figure: Figure) -> bytes:
     head, foot = 38 + 18 * len(legend), 12 + 15 * len(caption_lines)
     height = head + sum(heights) + foot
     with (
-        matplotlib.rc_context({**_SETTINGS, "font.family": _families()}),
+        matplotlib.rc_context({**SETTINGS, "font.family": families()}),
         warnings.catch_warnings(),
     ):
         # what no installed font has is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        canvas = Canvas(figsize=(width / 72, height / 72), facecolor=_LIGHT["paper"])
+        canvas = Canvas(figsize=(width / 72, height / 72), facecolor=LIGHT["paper"])
         FigureCanvasAgg(canvas)
 
         def write(x: float, y: float, text: str, colour: str = "ink", **kwargs: Any) -> None:
             """At points from the upper left corner; a dollar in a name is no formula."""
             place = (x / width, 1 - y / height)
-            canvas.text(*place, text, va="top", color=_LIGHT[colour], parse_math=False, **kwargs)
+            canvas.text(*place, text, va="top", color=LIGHT[colour], parse_math=False, **kwargs)
 
         write(14, 12, figure.title, size=14, weight="bold")
         for i, line in enumerate(legend):
@@ -129,7 +129,7 @@ def figure_png(figure: Figure) -> bytes:
                 write(i * _WIDTH + 14, top + 8, "\n".join(title), size=12, weight="bold")
                 write(i * _WIDTH + 14, top + 10 + 16 * len(title), panel.unit, "muted", size=11)
                 box = _box(i * _WIDTH, height - top - row_height, columns, height)
-                _draw(canvas.add_axes(box), panel, _limits(panel, figure), _LIGHT)
+                _draw(canvas.add_axes(box), panel, _limits(panel, figure), LIGHT)
             top += row_height
         write(14, top + 2, "\n".join(caption_lines), "muted", size=10)
         file = io.BytesIO()
@@ -148,7 +148,7 @@ def _box(left: float, bottom: float, width: float, height: float) -> tuple[float
     )
 
 
-def _families() -> list[str]:
+def families() -> list[str]:
     installed = set(font_manager.get_font_names())
     return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
 
@@ -289,11 +289,11 @@ def _legend_line(x: float, y: float, style: Style, width: float) -> Line2D:
     return Line2D(
         [x, x + 13 / width, x + 26 / width],
         [y] * 3,
-        color=_LIGHT[style.colour],
+        color=LIGHT[style.colour],
         linewidth=2.1,
         linestyle=(0, style.dash) if style.dash else "-",
         marker=style.marker,
         markevery=[1],
         markersize=6,
-        markeredgecolor=_LIGHT["paper"],
+        markeredgecolor=LIGHT["paper"],
     )

@@ -23,6 +23,8 @@ setup(
         *find_packages("kernels"),
     ],
     package_data={
+        "bapo_plugin": ["py.typed"],
+        "bapo_kernels": ["py.typed"],
         "bapo_plugin.report": ["template.html"],
         "bapo_plugin.evaluation": [
             "data/*.jsonl",

@@ -36,7 +36,7 @@ FAMILIES = {
     "Qwen/Qwen3": "qwen3",
     ".models/SmolLM2": "llama",
 }
-# what an answer stands in, as the example's template writes it: (before the prompt, after it, after an answer)
+# chat_template -> what it writes before a prompt, after it, and after an answer
 WRITTEN = {
     "llama3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
     "gemma": ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
@@ -68,10 +68,12 @@ ON_A_CPU = {
 }
 
 
-# what axolotl makes of both in a process of its own, where the plugin is known before its arguments are imported
-TrainingArgs = dataclasses.make_dataclass(
-    "TrainingArgs", [], bases=(BAPOTrainingArgs, AxolotlDPOConfig)
-)
+TrainingArgs = AxolotlDPOConfig
+if not hasattr(AxolotlDPOConfig, "bapo_now"):
+    # as axolotl 0.19 makes it in a process of its own, where the plugin is known before the arguments are imported
+    TrainingArgs = dataclasses.make_dataclass(
+        "TrainingArgs", [], bases=(BAPOTrainingArgs, AxolotlDPOConfig)
+    )
 
 
 def tokenizer_for(config):
@@ -85,8 +87,7 @@ def tokenizer_for(config):
         template, (special, eos, _) = None, AXOLOTL[name]
         bos = next((t for t in ("<|begin_of_text|>", "<bos>", "<s>") if t in special), None)
     wanted = config.get("special_tokens", {}).values()
-    tokenizer = tokenizer_of(list(dict.fromkeys([*special, *wanted])), bos, eos, template)
-    return tokenizer
+    return tokenizer_of(list(dict.fromkeys([*special, *wanted])), bos, eos, template)
 
 
 def rows_of(path, config, count=8):

@@ -62,6 +62,18 @@ def test_header_names_the_file(path):
     assert re.search(r"\d+ GB", header), "the memory it needs"
 
 
+def test_the_table_says_what_the_headers_say():
+    table = (EXAMPLES / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(\1\) .* ([\d.]+) GB[^|]*\|$", table, re.MULTILINE))
+    headers = {path.name: path.read_text("utf-8") for path in FILES}
+    said = {n: re.search(r"`bapo plan` computes ([\d.]+) GB", h)[1] for n, h in headers.items()}
+    assert rows == said
+    for name, header in headers.items():
+        model = re.search(r"^base_model: .*?([^/\n]+)$", header, re.MULTILINE)[1]
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| [{name}]")]
+        assert model.lower() in row.lower()
+
+
 def test_demo_data():
     rows = [json.loads(line) for line in (EXAMPLES / "demo/personal_styles.jsonl").open()]
     assert len(rows) >= 60 and len({row["prompt"] for row in rows}) == len(rows)

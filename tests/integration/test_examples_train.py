@@ -101,6 +101,8 @@ def rows_of(path, config, count=8):
     rows = [{name: f"{texts.pop()} {name} {i}" for name in columns} for i in range(count)]
     if "anchors" not in config["bapo"]:  # making them needs the model once more
         rows = [row | {"base": f"base {i}"} for i, row in enumerate(rows)]
+    if config["bapo"].get("on_faulty") == "drop":
+        rows.append(dict.fromkeys(rows[0], "the same"))
     return rows
 
 

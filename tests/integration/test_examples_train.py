@@ -141,8 +141,11 @@ def _old_objects_are_left_aside():
 def test_it_trains(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(rl, "AxolotlDPOConfig", TrainingArgs)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which axolotl sets, and leaves
     example = yaml.safe_load(path.read_text("utf-8"))
     config, model, tokenizer, rows = on_a_cpu(path, example, tmp_path)
+    layer = example.get("fsdp_config", {}).get("transformer_layer_cls_to_wrap")
+    assert layer is None or layer in {type(module).__name__ for module in model.modules()}
     with Server(model, takes="ids") as server:
         server.tokenizer = tokenizer
         if "server" in config["bapo"]["anchors"]:

@@ -1,5 +1,6 @@
 """Every difference between supported versions and faults of theirs to work around, nothing else."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -88,3 +89,20 @@ def keep_4bit_trainable_on_cpu(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_log_probs_in_fp32(accelerator: Any) -> None:
+    """Stop FSDP 2 from rounding what a model returns.
+
+    accelerate's mixed precision casts the results of a model to bf16, log-probs too: at −100 nats that is a step of
+    half a nat. Without `output_dtype` layers still compute and return bf16.
+
+    Args:
+        accelerator: of a trainer, before it prepares its model.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+        plugin.mixed_precision_policy = policy

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -50,20 +49,21 @@ class Segment(NamedTuple):
     prompt_end: int
 
 
-@dataclass
 class Layout:
     """Where prompts and responses stand in a packed row. Made by the collator, handed through the model's
-    call to every attention layer.
+    call to every attention layer. No dataclass: FSDP 2 with mixed precision copies those at each layer, and calls and
+    cache would be lost.
 
     Args:
         segments: in the order of the row; together they cover it.
         dense: compute with one [T, T] mask instead, the plain reference for tests.
     """
 
-    segments: tuple[Segment, ...]
-    dense: bool = False
-    calls: int = 0  # of the attention, for the self-check
-    _cache: dict = field(default_factory=dict, repr=False)
+    def __init__(self, segments: tuple[Segment, ...], dense: bool = False):
+        self.segments = segments
+        self.dense = dense
+        self.calls = 0  # of the attention, for the self-check
+        self._cache: dict = {}
 
     @property
     def num_tokens(self) -> int:

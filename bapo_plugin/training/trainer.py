@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu
+from bapo_plugin.compat import keep_4bit_trainable_on_cpu, keep_log_probs_in_fp32
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.rows.columns import IDS
 from bapo_plugin.scoring.collator import (
@@ -131,6 +131,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         given = args[0] if args else kwargs.get("model")
         goes_on = is_peft_model(given) and kwargs.get("peft_config") is None
         super().__init__(*args, **kwargs)
+        keep_log_probs_in_fp32(self.accelerator)
         if reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
         goes_on = goes_on and reference == "start" and self.ref_model is None

@@ -99,6 +99,7 @@ def main(
     state_dict_type: str = "FULL_STATE_DICT",
     anchor: dict | None = None,
     keep: int | None = None,
+    bf16: bool = False,
 ) -> None:
     bapo = {"anchor_weight": 1.0, "shared_prefix": "require", "tokens_per_batch": tokens}
     bapo |= anchor or {}
@@ -120,6 +121,7 @@ def main(
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        bf16=bf16,
         ddp_backend="gloo" if "RANK" in os.environ else None,
         cache_dir=folder / "cache",
         keep_dataset=kept_prompts() if keep else None,

@@ -117,6 +117,15 @@ def test_fsdp2_with_sharded_state_resumes(tmp_path):
         assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6), key
 
 
+@pytest.mark.slow
+def test_fsdp2_in_bf16_shares_prompts_and_keeps_log_probs_in_fp32(tmp_path):
+    two = run(tmp_path / "two", 2, kind="fsdp2", batch=2, rows=8, bf16=True)
+    for key in ("logps/chosen", "logps/rejected", "logps/base"):
+        mean = next(entry[key] for entry in two["log"] if key in entry)
+        # between 32 and 64 nats bf16 has steps of a quarter, and the mean of four rows has of a sixteenth
+        assert 32 < -mean < 64 and (16 * mean) % 1, "rounded to bf16"
+
+
 def test_fsdp2_gives_the_same_gradients():
     assert "SAME" in start(1, "sharded_script.py", "fsdp2")
 

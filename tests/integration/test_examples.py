@@ -52,6 +52,9 @@ def test_axolotl_accepts_it(path, monkeypatch):
     ]
     # nothing that the example sets is unknown to axolotl and silently dropped
     dropped = {key for key in keys - {"rl"} if checked.get(key) is None}
+    for key, block in load(path).items():
+        if isinstance(block, dict) and key != "bapo":
+            dropped |= {f"{key}.{name}" for name in block if (checked[key] or {}).get(name) is None}
     assert dropped == set(), dropped
 
 
@@ -60,6 +63,18 @@ def test_header_names_the_file(path):
     header = path.read_text("utf-8").split("base_model:")[0]
     assert f"axolotl train yaml_examples/{path.name}" in header
     assert re.search(r"\d+ GB", header), "the memory it needs"
+
+
+def test_the_table_says_what_the_headers_say():
+    table = (EXAMPLES / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(\1\) .* ([\d.]+) GB[^|]*\|$", table, re.MULTILINE))
+    headers = {path.name: path.read_text("utf-8") for path in FILES}
+    said = {n: re.search(r"`bapo plan` computes ([\d.]+) GB", h)[1] for n, h in headers.items()}
+    assert rows == said
+    for name, header in headers.items():
+        model = re.search(r"^base_model: .*?([^/\n]+)$", header, re.MULTILINE)[1]
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| [{name}]")]
+        assert model.lower() in row.lower()
 
 
 def test_demo_data():

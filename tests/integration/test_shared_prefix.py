@@ -17,6 +17,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, make_model, make_rows, make_tokenizer
+from torch.distributed.utils import _apply_to_tensors
 from torch.overrides import TorchFunctionMode
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
@@ -232,6 +233,13 @@ def same_as_separate_rows(family):
     torch.testing.assert_close(separate_logps(model, rows), expected, rtol=0, atol=1e-12)
     uninstall(model)
     torch.testing.assert_close(separate_logps(model, rows), expected, rtol=0, atol=1e-12)
+
+
+def test_the_layout_survives_fsdp2_with_mixed_precision():
+    """FSDP 2 casts the inputs of each layer this way. A copy would lose its calls, so that the check fails, and its cache."""
+    layout = Layout((Segment(0, 3, 0, 0),))
+    cast = _apply_to_tensors(lambda tensor: tensor.bfloat16(), {"bapo_layout": layout})
+    assert cast["bapo_layout"] is layout
 
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE}))

@@ -448,9 +448,9 @@ def test_the_readmes_yaml_with_a_tiny_qwen3(tmp_path, monkeypatch):
     written["bapo"]["anchors"] = {"max_new_tokens": 6}
     (tmp_path / "config.yml").write_text(yaml.safe_dump(written | no_gpu))
     work = preparation(tmp_path / "config.yml")
-    rows, _ = prepare_rows(work.cfg, work.tokenizer)
-    assert len(rows) == 6
-    for row in rows:
+    rows, held_out = prepare_rows(work.cfg, work.tokenizer)
+    assert [len(rows), len(held_out)] == [5, 1]
+    for row in [*rows, *held_out]:
         assert (
             row["prompt"].endswith("<|im_start|>assistant\n<think>\n\n") and row["open_tokens"] == 0
         )
@@ -627,7 +627,7 @@ def test_a_damaged_store_is_said_and_only_what_was_lost_is_made_again(folder, lo
     place = raw.index(json.dumps(first[3].ids).encode())
     path.write_bytes(raw[: place + 1] + b"X" + raw[place + 2 :])
     with pytest.raises(
-        StoreDamaged, match=r"base responses .*doesn't match its checksum.*set aside"
+        StoreDamaged, match=r"bapo-anchors.sqlite .*doesn't match its checksum.*set aside"
     ):
         anchored(config(folder))
     assert list(path.parent.glob("*.damaged-*"))

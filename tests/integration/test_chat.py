@@ -80,12 +80,21 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
 
 
 def test_doctor_says_what_will_be_used_and_what_is_missing(monkeypatch):
+    import torch
+
     import bapo_plugin.commands.doctor as doctor
 
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for GPUs, where there is none
     result = CliRunner().invoke(app, ["doctor", "--json"])
     found = json.loads(result.stdout)
     assert found["versions"]["axolotl"] and found["used"]["log-prob kernel"] in ("torch", "triton")
     assert found["problems"] == [] and result.exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        result = CliRunner().invoke(app, ["doctor", "--json"])
+        (problem,) = json.loads(result.stdout)["problems"]
+        assert "built for CUDA 13.0, but no GPU is found" in problem and result.exit_code == 1
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda n: "0.22.1" if n == "axolotl" else real(n))
     assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1

@@ -289,10 +289,8 @@ def per_response(values: Tensor, lengths: Tensor) -> Tensor:
         lengths: [n], tokens of each response; T is their sum.
     """
     lengths = lengths.to(values.device)
-    if values.device.type in (
-        "cpu",
-        "cuda",
-    ):  # in one order, so that a run can be repeated to the bit
+    if values.device.type in ("cpu", "cuda"):
+        # in one order, so that a run can be repeated to the bit
         return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
     index = torch.arange(len(lengths), device=values.device)
     owner = torch.repeat_interleave(index, lengths, output_size=len(values))

@@ -53,6 +53,24 @@ def lora_model(family="llama", **lora):
     return get_peft_model(model, config)
 
 
+def drifted(trainer):
+    """The trainer, its policy moved away from the reference, the same way in each."""
+    randomize_lora(trainer.model, std=0.05)
+    trainer.starts_equal = False
+    trainer.model.train()
+    return trainer
+
+
+def base_log_softmax(model, row):
+    """Of policy (with gradient) and reference, from whole logits over the row's base response, [T, V] fp64 each."""
+    ids = torch.tensor([[*row["prompt_ids"], *row["base_ids"]]])
+    own = slice(len(row["prompt_ids"]) - 1, -1)
+    policy = model(ids).logits[0, own].double().log_softmax(-1)
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(ids).logits[0, own].double().log_softmax(-1)
+    return policy, reference
+
+
 def randomize_lora(model, std=0.02, seed=5):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bapo_plugin.answers.prompts import Chat
-from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
+from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 
 _HELP = "A line is a message. /new begins another conversation, /quit or Ctrl-D ends."
 
@@ -37,13 +37,8 @@ def chat(
     Raises:
         ValueError: no adapter, or a tokenizer without a chat template.
     """
-    config = [t for t in targets if t.suffix in (".yml", ".yaml")]
-    folders = [t for t in targets if t not in config]
-    if len(config) > 1:
-        raise ValueError(
-            f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
-        )
-    subject = load_run(config[0], folders) if config else load_adapters(folders, load_in_4bit)
+    config, folders = split_targets(targets)
+    subject = load_subject(config, folders, load_in_4bit)
     talk = Talk(subject, max_new_tokens)
     show = _printer(len(subject.adapters)) if json_to is None else partial(_write_json, json_to)
     typed = not prompts and sys.stdin.isatty()

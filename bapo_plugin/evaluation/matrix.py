@@ -4,7 +4,6 @@ With Δ = log π_after − log π_before of a response, nats, a pair is ranked r
 is Δ_chosen − Δ_rejected; both are those of training (`rewards/margins` is β times it).
 """
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from bapo_plugin import __version__
 from bapo_plugin.answers.prompts import read_prompts
 from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.compat import only_reading
-from bapo_plugin.evaluation.output import markdown_table
+from bapo_plugin.evaluation.output import markdown_table, write_result
 from bapo_plugin.evaluation.run import PROBE, asked_before, measure_retention
 from bapo_plugin.evaluation.subject import Subject, load_run
 from bapo_plugin.models import WHOLE
@@ -32,7 +31,6 @@ from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.scoring.collator import pad_sequences
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.retention import mean_and_error
-from bapo_plugin.store import write_whole
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -153,8 +151,7 @@ def _logps(
     subject: Subject, forward: ResponseForward, sequences: Sequence[Sequence_], bar: Any
 ) -> Tensor:
     """Log-probs of responses in the state that the model is in, nats, [n] fp64."""
-    model, pad = subject.model, subject.tokenizer.pad_token_id
-    pad = subject.tokenizer.eos_token_id if pad is None else pad
+    model, pad = subject.model, subject.pad_token_id
     found = torch.empty(len(sequences), dtype=torch.float64)
     for part in _batches(sequences):
         prompts, responses = zip(*(sequences[i] for i in part), strict=True)
@@ -270,12 +267,4 @@ def write_matrix(found: Mapping[str, Any], folder: Path) -> list[Path]:
         text += markdown_table(_difference_rows(found))
     counts = ", ".join(f"{name} {part['held_out']}" for name, part in found["personas"].items())
     text += [f"Held-out pairs: {counts}.", "", versions, ""]
-    contents = {
-        ".json": json.dumps(found, indent=1, ensure_ascii=False),
-        ".md": "\n".join(text),
-    }
-    paths = []
-    for suffix, content in contents.items():
-        paths.append(folder / f"{RESULT}{suffix}")
-        write_whole(paths[-1], content)
-    return paths
+    return write_result(folder / RESULT, found, "\n".join(text))

@@ -1,7 +1,7 @@
 """What `bapo eval` found, as a table on the terminal and as files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +187,13 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
-    texts = {
-        ".json": json.dumps(found, indent=1, ensure_ascii=False),
-        ".md": _markdown(found),
-    }
-    paths = []
-    for suffix, text in texts.items():
-        path = folder / f"{RESULT}{suffix}"
+    return write_result(folder / RESULT, found, _markdown(found))
+
+
+def write_result(stem: Path, found: Mapping[str, Any], markdown: str) -> list[Path]:
+    """`stem`.json with every number and `stem`.md to be read; their paths."""
+    texts = {".json": json.dumps(found, indent=1, ensure_ascii=False), ".md": markdown}
+    paths = {stem.with_name(f"{stem.name}{suffix}"): text for suffix, text in texts.items()}
+    for path, text in paths.items():
         write_whole(path, text)
-        paths.append(path)
-    return paths
+    return list(paths)

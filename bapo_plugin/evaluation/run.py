@@ -16,7 +16,7 @@ from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.config import is_active
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
 from bapo_plugin.evaluation.output import print_table, write
-from bapo_plugin.evaluation.subject import Subject, load_adapters, load_run
+from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
@@ -65,12 +65,7 @@ def evaluate(
     Raises:
         ValueError: there is nothing to measure, no adapter, or a file, prompt or task that can't be used.
     """
-    config = [t for t in targets if t.suffix in (".yml", ".yaml")]
-    folders = [t for t in targets if t not in config]
-    if len(config) > 1:
-        raise ValueError(
-            f"more than one YAML: {', '.join(map(str, config))}; name adapters by folder"
-        )
+    config, folders = split_targets(targets)
     is_asked = bool(probe)
     if probe is None:
         probe = prompts is None and not tasks and not data
@@ -80,10 +75,7 @@ def evaluate(
         )
     chats = read_prompts(prompts) if prompts and not prompts.isdigit() else None
     manager, names = find_tasks(tasks, data) if tasks or data else (None, [])
-    if config:
-        subject = load_run(config[0], folders, scales)
-    else:
-        subject = load_adapters(folders, load_in_4bit, scales)
+    subject = load_subject(config, folders, load_in_4bit, scales)
     answers = _former_answers(
         subject, prompts, chats, max_new_tokens, required=not tasks and not probe
     )
@@ -176,12 +168,11 @@ def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict
         return score
 
     with tqdm(total=len(answers), desc="Retention", unit="answer") as bar:
-        pad = subject.tokenizer.pad_token_id
         return measure(
             answers,
             scorer(subject.before),
             {name: scorer(lambda name=name: subject.after(name)) for name in subject.adapters},
-            pad_token_id=subject.tokenizer.eos_token_id if pad is None else pad,
+            pad_token_id=subject.pad_token_id,
             vocab_size=subject.model.config.get_text_config().vocab_size,
             device=subject.model.device,
             on_answers=bar.update,

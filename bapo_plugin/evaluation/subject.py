@@ -59,6 +59,12 @@ class Subject:
     start: str | None = None
     cfg: Any = None
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows up; it is masked."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
     def asker(self) -> Asker:
         """Lets the model answer as it does for base responses, in the state that it is in."""
         if self.cfg is None or not is_active(self.cfg):
@@ -84,6 +90,32 @@ class Subject:
         scaled = adapter.scale is not None
         with rescale_adapter_scale(self.model, adapter.scale) if scaled else nullcontext():
             yield
+
+
+def split_targets(targets: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+    """What a command was given: the YAML, if any, and folders of adapters.
+
+    Raises:
+        ValueError: more than one YAML.
+    """
+    configs = [t for t in targets if t.suffix in (".yml", ".yaml")]
+    if len(configs) > 1:
+        raise ValueError(
+            f"more than one YAML: {', '.join(map(str, configs))}; name adapters by folder"
+        )
+    return next(iter(configs), None), [t for t in targets if t not in configs]
+
+
+def load_subject(
+    config: Path | None,
+    folders: list[Path],
+    load_in_4bit: bool | None,
+    scales: Sequence[float] = (),
+) -> Subject:
+    """`load_run` where there is a YAML, else `load_adapters`."""
+    if config:
+        return load_run(config, folders, scales)
+    return load_adapters(folders, load_in_4bit, scales)
 
 
 def load_run(config: Path, folders: list[Path], scales: Sequence[float] = ()) -> Subject:

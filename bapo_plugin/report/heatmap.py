@@ -1,17 +1,12 @@
 """The matrix of `bapo personas` as a picture."""
 
-import io
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
-from bapo_plugin.report.plots import LIGHT, SETTINGS, families
+from bapo_plugin.report.plots import LIGHT, light_canvas, png_of
 
 _WIDTH, _HEIGHT = 92, 50  # points, of a cell
 _GAP = 14  # before the columns of what was kept
@@ -39,14 +34,7 @@ def heatmap_png(found: Mapping[str, Any]) -> bytes:
     head = 56 + (int(0.6 * _LETTER * max(map(len, labels))) if tilted else 18)
     width = max(left + _WIDTH * (len(personas) + 2) + _GAP + 14, 560)
     height = head + _HEIGHT * len(personas) + 34
-    with (
-        matplotlib.rc_context({**SETTINGS, "font.family": families()}),
-        warnings.catch_warnings(),
-    ):
-        # what no installed font has is drawn as a box
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        canvas = Canvas(figsize=(width / 72, height / 72), facecolor=LIGHT["paper"])
-        FigureCanvasAgg(canvas)
+    with light_canvas(width, height) as canvas:
         axes = canvas.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, width), ylim=(height, 0))  # points from the upper left corner
         axes.axis("off")
@@ -93,9 +81,7 @@ def heatmap_png(found: Mapping[str, Any]) -> bytes:
             )
         text = "Share of pairs ranked right: white is a half, blue all, orange none. Framed: a persona's own pairs."
         write(14, height - 14, text, "muted", size=9)
-        file = io.BytesIO()
-        canvas.savefig(file, format="png", dpi=144, metadata={"Software": None})
-    return file.getvalue()
+        return png_of(canvas)
 
 
 def _short(name: str) -> str:

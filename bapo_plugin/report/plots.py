@@ -10,7 +10,8 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -102,14 +103,7 @@ def figure_png(figure: Figure) -> bytes:
     caption_lines = textwrap.wrap(caption, int(width / 6.2))
     head, foot = 38 + 18 * len(legend), 12 + 15 * len(caption_lines)
     height = head + sum(heights) + foot
-    with (
-        matplotlib.rc_context({**SETTINGS, "font.family": families()}),
-        warnings.catch_warnings(),
-    ):
-        # what no installed font has is drawn as a box
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        canvas = Canvas(figsize=(width / 72, height / 72), facecolor=LIGHT["paper"])
-        FigureCanvasAgg(canvas)
+    with light_canvas(width, height) as canvas:
 
         def write(x: float, y: float, text: str, colour: str = "ink", **kwargs: Any) -> None:
             """At points from the upper left corner; a dollar in a name is no formula."""
@@ -132,8 +126,27 @@ def figure_png(figure: Figure) -> bytes:
                 _draw(canvas.add_axes(box), panel, _limits(panel, figure), LIGHT)
             top += row_height
         write(14, top + 2, "\n".join(caption_lines), "muted", size=10)
-        file = io.BytesIO()
-        canvas.savefig(file, format="png", dpi=144, metadata={"Software": None})
+        return png_of(canvas)
+
+
+@contextmanager
+def light_canvas(width: float, height: float) -> Iterator[Canvas]:
+    """An empty picture of this size in points, in light colours, with fonts for all that is installed."""
+    with (
+        matplotlib.rc_context({**SETTINGS, "font.family": families()}),
+        warnings.catch_warnings(),
+    ):
+        # what no installed font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        canvas = Canvas(figsize=(width / 72, height / 72), facecolor=LIGHT["paper"])
+        FigureCanvasAgg(canvas)
+        yield canvas
+
+
+def png_of(canvas: Canvas) -> bytes:
+    """The picture, inside its `light_canvas`."""
+    file = io.BytesIO()
+    canvas.savefig(file, format="png", dpi=144, metadata={"Software": None})
     return file.getvalue()
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from bapo_plugin.runs import RECORD, STATE
+
 TRAINER_CLS = (
     "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
 )
@@ -119,7 +121,7 @@ class _Place:
             )
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
-            states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+            states = [path / STATE, *path.glob(f"checkpoint-*/{STATE}")]
             states = sorted(state for state in states if state.is_file())
         else:
             states = [path]
@@ -226,7 +228,7 @@ def _series(log_history: list[Any]) -> dict[str, Points]:
 
 def _add_configuration(run: Run, roots: list[Path]) -> None:
     for root in roots:
-        path = root / "bapo_run.json"
+        path = root / RECORD
         if path.is_file():
             content = _read_json(path, "remove it, or train again")
             run.config = dict(_mapping(content.get("config")))

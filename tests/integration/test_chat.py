@@ -36,7 +36,7 @@ def run(*args, text=""):
 
 
 def test_lines_are_asked_apart_before_and_after(folder, monkeypatch, subject):
-    monkeypatch.setattr(command, "load_adapters", lambda *args: subject)
+    monkeypatch.setattr(command, "load_subject", lambda *args: subject)
     out = io.StringIO()
     lines = ["tell me about the sea", "what is gold"]
     command.chat([folder / "mine"], lines, max_new_tokens=6, json_to=out)

@@ -5,11 +5,12 @@ import torch
 from datasets import Dataset
 from helpers import (
     bapo_trainer,
+    base_log_softmax,
     batch_of,
+    drifted,
     gradients,
     kept_prompts,
     lora_model,
-    randomize_lora,
     training_args,
 )
 from tiny import make_model, make_rows, make_tokenizer
@@ -31,22 +32,11 @@ def keeping(tmp_path, bapo=None, rows=None, prompts=None, family="llama", **chan
     )
 
 
-def drifted(trainer, std=0.05):
-    randomize_lora(trainer.model, std=std)
-    trainer.starts_equal = False
-    trainer.model.train()
-    return trainer
-
-
 def kl_by_hand(model, rows):
     """[rows], nats an answer, from whole logits in fp64, with gradient."""
     found = []
     for row in rows:
-        ids = torch.tensor([[*row["prompt_ids"], *row["base_ids"]]])
-        own = slice(len(row["prompt_ids"]) - 1, -1)
-        policy = model(ids).logits[0, own].double().log_softmax(-1)
-        with torch.no_grad(), model.disable_adapter():
-            reference = model(ids).logits[0, own].double().log_softmax(-1)
+        policy, reference = base_log_softmax(model, row)
         found.append((reference.exp() * (reference - policy)).sum())
     return torch.stack(found)
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from helpers import bapo_trainer, batch_of, gradients, lora_model, randomize_lora
+from helpers import (
+    bapo_trainer,
+    base_log_softmax,
+    batch_of,
+    drifted,
+    gradients,
+    lora_model,
+    randomize_lora,
+)
 from tiny import make_rows
 
 from bapo_plugin.scoring.reference import COLUMN, TOKENS_COLUMN
@@ -10,25 +18,17 @@ from bapo_plugin.scoring.reference import COLUMN, TOKENS_COLUMN
 ANCHOR = {"anchor_weight": 2.0, "reference": "base"}
 
 
-def drifted(tmp_path, family="llama", rows=None, bapo=None, **changes):
-    trainer = bapo_trainer(
-        tmp_path, lora_model(family), rows, {**ANCHOR, **(bapo or {})}, **changes
-    )
-    randomize_lora(trainer.model, std=0.05)
-    trainer.starts_equal = False
-    trainer.model.train()
-    return trainer
+def anchored_trainer(tmp_path, family="llama", rows=None, bapo=None, **changes):
+    bapo = {**ANCHOR, **(bapo or {})}
+    return drifted(bapo_trainer(tmp_path, lora_model(family), rows, bapo, **changes))
 
 
 def drift_by_hand(model, rows):
     """Δ_t of each row's base response, from whole logits in fp64, with gradient."""
     found = []
     for row in rows:
-        ids = torch.tensor([[*row["prompt_ids"], *row["base_ids"]]])
-        own, labels = slice(len(row["prompt_ids"]) - 1, -1), torch.tensor(row["base_ids"])[:, None]
-        policy = model(ids).logits[0, own].double().log_softmax(-1).gather(1, labels)[:, 0]
-        with torch.no_grad(), model.disable_adapter():
-            reference = model(ids).logits[0, own].double().log_softmax(-1).gather(1, labels)[:, 0]
+        labels = torch.tensor(row["base_ids"])[:, None]
+        policy, reference = (p.gather(1, labels)[:, 0] for p in base_log_softmax(model, row))
         found.append(policy - reference)
     return found
 
@@ -36,8 +36,8 @@ def drift_by_hand(model, rows):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # the second caps its logits
 @pytest.mark.parametrize("shared", ["require", "off"])
 def test_it_is_that_of_whole_logits(tmp_path, shared, family):
-    anchored = drifted(tmp_path, family, bapo={"shared_prefix": shared})
-    plain = drifted(tmp_path, family, bapo={"shared_prefix": shared, "anchor_weight": 0})
+    anchored = anchored_trainer(tmp_path, family, bapo={"shared_prefix": shared})
+    plain = anchored_trainer(tmp_path, family, bapo={"shared_prefix": shared, "anchor_weight": 0})
     for one in (anchored, plain):
         one.compute_loss(one.model, batch_of(one)).backward()
     without = gradients(plain.model)
@@ -66,10 +66,10 @@ def test_the_models_own_logits_give_the_same(tmp_path, monkeypatch):
     """Where the head isn't known, log-probs come from them."""
     from bapo_plugin.scoring import forward
 
-    trainer = drifted(tmp_path)
+    trainer = anchored_trainer(tmp_path)
     terms = trainer.objective(trainer.model, batch_of(trainer))
     monkeypatch.setattr(forward, "inspect_head", lambda *args: "it is not to be known")
-    plain = drifted(tmp_path)
+    plain = anchored_trainer(tmp_path)
     found = plain.objective(plain.model, batch_of(plain))
     torch.testing.assert_close(found.rows.anchor, terms.rows.anchor, rtol=1e-4, atol=1e-5)
     assert found.rows.anchor.sum() > 0
@@ -80,7 +80,7 @@ def test_cached_is_live(tmp_path, shared):
     found = []
     for cached in (True, False):
         bapo = {"shared_prefix": shared, "precompute_ref_log_probs": cached}
-        trainer = drifted(tmp_path, bapo=bapo, cache_dir=tmp_path / "cache")
+        trainer = anchored_trainer(tmp_path, bapo=bapo, cache_dir=tmp_path / "cache")
         trainer.get_train_dataloader()
         rows = [trainer.train_dataset[i] for i in (5, 0, 3)]  # not in the table's order
         known = trainer.reference.logps(trainer.model, trainer.model, trainer.collate(rows))
@@ -99,7 +99,9 @@ def test_a_cache_of_whole_responses_is_filled_up_and_serves_both(tmp_path, monke
     passes = []
     for level in ("response", "token", "token", "response"):
         calls.clear()
-        trainer = drifted(tmp_path, bapo={"anchor_level": level}, cache_dir=tmp_path / "cache")
+        trainer = anchored_trainer(
+            tmp_path, bapo={"anchor_level": level}, cache_dir=tmp_path / "cache"
+        )
         trainer.get_train_dataloader()
         passes.append(len(calls))
         table = trainer.reference._tokens
@@ -109,7 +111,7 @@ def test_a_cache_of_whole_responses_is_filled_up_and_serves_both(tmp_path, monke
 
 def test_rows_may_bring_their_own(tmp_path):
     rows = make_rows(4)
-    made = drifted(tmp_path, rows=rows)
+    made = anchored_trainer(tmp_path, rows=rows)
     made.get_train_dataloader()
     tokenised = list(made.train_dataset)
     known = made.reference.known(made.collate(tokenised))
@@ -120,7 +122,7 @@ def test_rows_may_bring_their_own(tmp_path):
 
     def bring(**columns):
         brought = [r | {k: v[i] for k, v in columns.items()} for i, r in enumerate(bare)]
-        trainer = drifted(tmp_path, rows=brought)
+        trainer = anchored_trainer(tmp_path, rows=brought)
         trainer.get_train_dataloader()
         return trainer.reference.known(trainer.collate(list(trainer.train_dataset)))
 
@@ -167,7 +169,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, cut):
 
 
 def test_evaluation_measures_it_too(tmp_path):
-    trainer = drifted(tmp_path, eval_rows=make_rows(5, seed=3))
+    trainer = anchored_trainer(tmp_path, eval_rows=make_rows(5, seed=3))
     found = trainer.evaluate()
     rows = [trainer.eval_dataset[i] for i in range(5)]
     drift = drift_by_hand(trainer.model, rows)
@@ -189,7 +191,7 @@ def test_a_response_that_is_one_rows_base_and_anothers_chosen_is_computed_once(
     for _ in range(3):
         calls.clear()
         changes = {"per_device_eval_batch_size": 1, "cache_dir": tmp_path / "cache"}
-        trainer = drifted(tmp_path, rows=[first, second], **changes)
+        trainer = anchored_trainer(tmp_path, rows=[first, second], **changes)
         trainer.get_train_dataloader()
         passes.append(len(calls))
     assert passes == [2, 0, 0]
@@ -210,10 +212,10 @@ def test_what_rows_bring_is_checked(tmp_path, column, value, match):
         for row in make_rows_as_ids(2)
         for n in [len(row["base_ids"])]
     ]
-    drifted(tmp_path, rows=rows).get_train_dataloader()
+    anchored_trainer(tmp_path, rows=rows).get_train_dataloader()
     rows[0][column][0] = value
     with pytest.raises(ValueError, match=match):
-        drifted(tmp_path, rows=rows).get_train_dataloader()
+        anchored_trainer(tmp_path, rows=rows).get_train_dataloader()
 
 
 def make_rows_as_ids(n):
@@ -227,6 +229,6 @@ def make_rows_as_ids(n):
 
 def test_dpo_needs_no_tokens(tmp_path):
     rows = [row | {COLUMN: [-9.0, -8.0, -7.0]} for row in make_rows_as_ids(2)]
-    trainer = drifted(tmp_path, rows=rows, bapo={"anchor_weight": 0})
+    trainer = anchored_trainer(tmp_path, rows=rows, bapo={"anchor_weight": 0})
     trainer.get_train_dataloader()
     assert trainer.reference.known(batch_of(trainer)).base_tokens is None

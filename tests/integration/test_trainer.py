@@ -10,6 +10,7 @@ from datasets import Dataset
 from helpers import (
     bapo_trainer,
     batch_of,
+    drifted,
     fresh_lora,
     gradients,
     lora_model,
@@ -31,14 +32,6 @@ def trl_trainer(tmp_path, model, rows, cls=DPOTrainer, **changes):
         train_dataset=Dataset.from_list([{k: r[k] for k in r if k != "base"} for r in rows]),
         processing_class=make_tokenizer(),
     )
-
-
-def drifted(trainer):
-    """Move the policy away from its reference, the same way in every trainer."""
-    randomize_lora(trainer.model, std=0.05)
-    trainer.starts_equal = False
-    trainer.model.train()
-    return trainer
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ DPO_OUTPUT = "outputs/smollm2-dpo"
 UNRELATED = Path("bapo_plugin/evaluation/data/unrelated.jsonl")  # that `bapo eval` asks by itself
 MAX_NEW_TOKENS = 40  # of an answer that is measured or shown
 TASTE = "How do I make a good cup of tea?"  # like the data, and not in it
-LOST = -2.0  # nats: an answer that drifted below has become less than 1/7 as likely
 BIN = Path(sys.executable).parent  # the commands of this environment
 
 
@@ -192,7 +191,7 @@ def show_numbers(
     """
     from rich.table import Table
 
-    from bapo_plugin.scoring.retention import mean_and_error
+    from bapo_plugin.scoring.retention import LOST, mean_and_error
 
     def row(label: str, cell: Any, of: dict[str, Any]) -> None:
         table.add_row(f"  {label}", *(cell(of[name]) for name in learned))

@@ -270,7 +270,7 @@ def test_a_line_that_cant_be_used_is_named(tmp_path, monkeypatch, folder, file, 
     def load(*args):
         raise AssertionError("a model is loaded before the files are read")
 
-    monkeypatch.setattr(evaluation, "load_adapters", load)
+    monkeypatch.setattr(evaluation, "load_subject", load)
     data = write_data(tmp_path / "data")
     first, *rest = (data / file).read_bytes().splitlines(keepends=True)
     line = json.dumps(line) if isinstance(line, dict) else line

@@ -158,7 +158,7 @@ def test_a_steps_peak_is_what_was_measured(bench, row, monkeypatch):
     monkeypatch.setattr(shared_prefix, "_VARLEN_OPTIONS", frozenset({"scale", "window_size"}))
     monkeypatch.setattr(rehearsal, "TRL_IS_FUSED", True)
     if shared_prefix.VARLEN is None:
-        monkeypatch.setattr(shared_prefix, "_VARLEN", lambda: None)
+        monkeypatch.setattr(shared_prefix, "VARLEN", lambda: None)
     found = as_measured(bench, row)
     assert found.bytes == pytest.approx(int(row["peak_bytes"]), rel=0.04)
     card = find_card("H200" if "H200" in row["device"] else "H100 80GB")

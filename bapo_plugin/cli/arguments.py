@@ -111,7 +111,7 @@ Personas = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="NAME", help="This persona only; several by repeating."),
+    typer.Option("--only", metavar="NAME", help="Train this persona only; several by repeating."),
 ]
 OnlyList = Annotated[
     bool,

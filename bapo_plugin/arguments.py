@@ -8,6 +8,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from bapo_plugin.versions import too_old
+
 # of `bapo eval`, with --data; `evaluation.local` has them
 LOCAL_TASKS = {"paper", "scienceqa", "mmlu_humanities", "hhh", "truthfulqa"}
 
@@ -140,6 +142,12 @@ def must_exist(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
             fail(f"there is no file or folder {path}")
+
+
+def refuse_older(command: str | None) -> None:
+    """End where axolotl is too old for any command but the one that says what is wrong."""
+    if command != "doctor" and (said := too_old()):
+        fail(said)
 
 
 def fail(message: str) -> Any:

@@ -34,6 +34,7 @@ from bapo_plugin.arguments import (
     fail,
     must_exist,
     others_to_stderr,
+    refuse_older,
 )
 from bapo_plugin.network import report_to_nobody, stay_offline
 
@@ -53,6 +54,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -60,6 +62,7 @@ def _main(
         ),
     ] = False,
 ) -> None:
+    refuse_older(context.invoked_subcommand)
     report_to_nobody()
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from bapo_plugin.runs import hide
 from bapo_plugin.versions import too_old
 
 # of `bapo eval`, with --data; `evaluation.local` has them
@@ -151,5 +152,5 @@ def refuse_older(command: str | None) -> None:
 
 
 def fail(message: str) -> Any:
-    typer.echo(f"Error: {message}", err=True)
+    typer.echo(f"Error: {hide(message)}", err=True)
     raise typer.Exit(2)

@@ -221,7 +221,7 @@ class ServerEngine:
                 "top_k": -1,
                 "min_p": 0.0,
                 "skip_special_tokens": False,
-                "return_token_ids": True,
+                "return_token_ids": True,  # nosec B105 # tokens of text
             }
             if form.prompt == "text":
                 body["add_special_tokens"] = False

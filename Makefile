@@ -1,6 +1,8 @@
 # make demo    train a small real model with DPO and with BAPO, on a CPU, and compare them
 # make test    the tests that take minutes     make test-all   also the slow ones
 # make lint    ruff                            make bench      the benchmarks
+# make audit   bandit over the code, pip-audit over the locks (asks PyPI)
+# make test-versions     the quick tests with each supported axolotl: 0.19, 0.20, 0.21
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -12,15 +14,15 @@ WORKERS ?= 2
 CORES = $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo $(WORKERS))
 SPREAD = OMP_NUM_THREADS=$$(( ($(CORES) + $(WORKERS) - 1) / $(WORKERS) )) python -m pytest -n $(WORKERS) --dist worksteal
 DEEPSPEED_TESTS ?= -m "not gpu"
-export PYTHON
+export PYTHON AXOLOTL
 export AXOLOTL_DO_NOT_TRACK = 1
 BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-deepspeed test-gpu lint format bench
+.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu lint audit format bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 install:
 	@.ci/install "$(VENV)"
@@ -35,8 +37,11 @@ demo: model
 test: model
 	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
-test-all: model test-deepspeed
+test-all: model test-deepspeed test-versions
 	@$(RUN) BAPO_TEST_MODEL_DIR="$$(cd "$(MODEL)" && pwd)" $(SPREAD) -m "not gpu" $(TESTS)
+
+test-versions: install
+	@.ci/test-versions "$(VENV)"
 
 # only here, since transformers behaves otherwise where DeepSpeed is installed
 test-deepspeed: install
@@ -49,6 +54,9 @@ test-gpu: install
 lint: install
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+
+audit:
+	@.ci/audit "$(VENV)"
 
 format: install
 	@$(RUN) ruff check --fix .

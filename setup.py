@@ -1,4 +1,4 @@
-"""Packaging. The version is read from the source; tool settings are in pyproject.toml."""
+"""Packaging. The version, and that of axolotl, is read from the source; tool settings are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (HERE / "bapo_plugin/__init__.py").read_text("utf-8"), re.MULTILINE
-)[1]
+SOURCE = (HERE / "bapo_plugin/__init__.py").read_text("utf-8")
+VERSION, AXOLOTL = (
+    re.search(rf'^{name} = "(.+)"$', SOURCE, re.MULTILINE)[1] for name in ("__version__", "AXOLOTL")
+)
 
 setup(
     name="axolotl-plugin-bapo",
@@ -36,7 +37,7 @@ setup(
     package_dir={"bapo_kernels": "kernels/bapo_kernels"},
     # torch and triton come with axolotl, which pins what it was tested with
     # matplotlib: figures of `bapo report`
-    install_requires=["axolotl>=0.19.0,<0.22", "matplotlib>=3.8"],
+    install_requires=[f"axolotl{AXOLOTL}", "matplotlib>=3.8"],
     # gguf: to read the demo's model
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff==0.17.6", "gguf>=0.10"]},
     entry_points={

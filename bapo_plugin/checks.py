@@ -11,6 +11,7 @@ from typing import Any
 from bapo_plugin.config import TRAINER_CLS, BAPOConfig, parse_block
 from bapo_plugin.loss import PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from bapo_plugin.rows.entries import check_entry
+from bapo_plugin.runs import refuse_pickled
 
 # ways to initialise LoRA that leave the weights below it as they are
 _INITS = ("gaussian", "eva", "orthogonal")
@@ -152,6 +153,10 @@ def _check_adapter(cfg: Mapping[str, Any], peft: Mapping[str, Any]) -> list[str]
         problems.append(
             "adapter: llama-adapter can't be switched off for the reference; use lora or qlora"
         )
+    try:
+        refuse_pickled(str(cfg.get("lora_model_dir") or "."))
+    except ValueError as error:
+        problems.append(f"lora_model_dir: {error}")
     init = cfg.get("peft_init_lora_weights")
     if not isinstance(init, str | bool | None) or init not in (None, True, False, *_INITS):
         problems.append(

@@ -28,6 +28,7 @@ from bapo_plugin.loss import (
     AnchorPlacement,
     AnchorReduction,
 )
+from bapo_plugin.runs import without_secrets
 
 TOKEN_WEIGHT, RESPONSE_WEIGHT = 0.05, 0.1  # default λ
 # nats a token: a former answer becomes 5% less likely with each of its tokens
@@ -299,7 +300,9 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known keys are {known}"
         return f"{key}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if len(error["loc"]) == 0 else f", got {error['input']!r}")
+    return f"{key}: {message}" + (
+        "" if len(error["loc"]) == 0 else f", got {without_secrets(error['input'])!r}"
+    )
 
 
 _BLOCKS = {

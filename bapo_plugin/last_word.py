@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from bapo_plugin.runs import hide
+
 _HERE = str(Path(__file__).parent)
 _LAUNCHERS = ("axolotl", "accelerate", "torchrun")
 _MODULES = ("accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch")
@@ -32,7 +34,7 @@ def install() -> None:
         if not is_for_the_user(error):
             return before(kind, error, traceback)
         rank = int(os.environ.get("RANK", 0))
-        _say(f"\nError: {error}\n", rank)
+        _say(f"\nError: {hide(str(error))}\n", rank)
 
     hook._bapo = True
     sys.excepthook = hook
@@ -58,7 +60,7 @@ def _say(text: str, rank: int) -> None:
     # one process speaks last; the others at once
     mark = os.path.join(tempfile.gettempdir(), f".bapo-last-word-{launcher.pid}")
     try:
-        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL, 0o600))
     except OSError:
         sys.stderr.write(f"\n[rank {rank}] {text.strip()}\n" if rank else text)
         sys.stderr.flush()

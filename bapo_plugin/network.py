@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bapo_plugin.runs import recorded_config
+from bapo_plugin.runs import base_of, recorded_config
 
 # axolotl's and the hub's telemetry, the load counter of `datasets`
 _SILENT = {
@@ -60,7 +60,7 @@ def _config(target: Path) -> Mapping[str, Any] | None:
         if target.suffix in (".yml", ".yaml"):
             found = yaml.safe_load(target.read_text("utf-8"))
         else:
-            found = recorded_config(target)
+            found = recorded_config(target) or base_of(target)
     except (OSError, ValueError, yaml.YAMLError):
         return None  # what reads it for good will say what is wrong
     return found if isinstance(found, Mapping) else None

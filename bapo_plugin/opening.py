@@ -29,6 +29,7 @@ from bapo_plugin.rows.sources import Source, raw_rows
 from bapo_plugin.rows.strategies import StrategyRows, source_of
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
+from bapo_plugin.runs import hide
 from bapo_plugin.store import Store
 
 LOG = get_logger("axolotl." + __name__)
@@ -78,7 +79,7 @@ class Opening:
         base = entry.get("field_base")
         base = self._bapo.field_base if base is None else base
         named = isinstance(base, str)
-        name = f"{split}[{index}] ({entry.path})"
+        name = f"{split}[{index}] ({hide(entry.path)})"
         fields = fields_of(
             entry, None if base is NO_BASE else base or "base", self._kind(entry) or False
         )

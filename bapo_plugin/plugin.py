@@ -47,11 +47,14 @@ class BAPOPlugin(BasePlugin):
                     "the block"
                 )
             return
-        from bapo_plugin import last_word
+        from bapo_plugin import last_word, versions
+
+        last_word.install()
+        if said := versions.untested():
+            LOG.warning(said)
         from bapo_plugin.checks import check_config
         from bapo_plugin.compat import route_evaluate_to_plugins
 
-        last_word.install()
         bapo = check_config(cfg).model_dump(exclude_none=True)
         # axolotl's data set schema drops keys that it doesn't know, also of its own; they are kept here
         bapo["entries"] = {

@@ -43,6 +43,7 @@ from bapo_plugin.rows.table import (
 )
 from bapo_plugin.rows.tokens import FEATURES, complete_batch, prepare_batch
 from bapo_plugin.store import Store
+from bapo_plugin.trust import refuse_strangers
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -136,7 +137,7 @@ class Preparation:
                     with self._lock():  # whoever comes later takes what is there
                         if not path.exists():
                             _save(self._render(source), path)
-                        rows = load_from_disk(str(path))
+                        rows = _read(path)
                 else:
                     rows = self._render(source)
                 found[split].append(rows)
@@ -313,14 +314,14 @@ class Preparation:
     def _load(self, paths: Mapping[str, Path]) -> dict[str, Dataset]:
         for split, path in paths.items():
             LOG.info(f"Loading prepared rows of {split} from {path}")
-        return {split: load_from_disk(str(path)) for split, path in paths.items()}
+        return {split: _read(path) for split, path in paths.items()}
 
     def _store(self, paths: Mapping[str, Path], rows: dict[str, Dataset]) -> dict[str, Dataset]:
         if not self._keep:
             return rows
         for split, path in paths.items():
             _save(rows[split], path)
-        return {split: load_from_disk(str(path)) for split, path in paths.items()}
+        return {split: _read(path) for split, path in paths.items()}
 
     def _path(self, split: str, index: int | None = None) -> Path:
         """Where prepared rows of a split are kept, or the rendered rows of one of its sources."""
@@ -353,6 +354,15 @@ class Preparation:
         if id(source) not in self._contents:
             self._contents[id(source)] = content_hash(source.rows)
         return self._contents[id(source)]
+
+
+def _read(path: Path) -> Dataset:
+    """
+    Raises:
+        ValueError: another user may have written it.
+    """
+    refuse_strangers(path)
+    return load_from_disk(str(path))
 
 
 def _save(rows: Dataset, path: Path) -> None:

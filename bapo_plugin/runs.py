@@ -8,36 +8,61 @@ from typing import Any
 
 RECORD = "bapo_run.json"
 STATE = "trainer_state.json"
+_HIDDEN = "(not shown)"
+# tokens of text have such names too (eos_token), so that those of accounts are named
 _SECRET = re.compile(
-    r"(api_?key|secret|password|credential|webhook_url|(hub|hf|auth|access|api)_?token)$",
+    r"(api_?key|(access|private|secret)_?key(_id)?|secret|passw(or)?d|credentials?|webhook_url|^token"
+    r"|(hub|hf|auth|access|api|bearer|bot|secret|session|wandb)_?token)$",
     re.IGNORECASE,
 )
-# names and passwords in addresses
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# in any text: names and passwords in addresses, signed addresses, tokens that show what they are
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+_SIGNED = re.compile(
+    r"(?<=[?&])((?:access_|auth_)?token|(?:api_?)?key|sig|signature|secret|password|AWSAccessKeyId|X-Amz-[\w-]+)=[^&#\s'\"]+",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[opsu]_[A-Za-z0-9]{16,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
+)
+_WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def has_adapter(folder: Path) -> bool:
     """Whether an adapter's weights lie here; axolotl writes its settings before training."""
-    return (folder / "adapter_config.json").is_file() and any(
-        (folder / name).is_file() for name in _WEIGHTS
-    )
+    return (folder / "adapter_config.json").is_file() and (folder / _WEIGHTS).is_file()
 
 
 def check_adapter(folder: Path) -> None:
     """
     Raises:
-        ValueError: the folder has no trained adapter; says how far training got.
+        ValueError: the folder has no trained adapter, says how far training got; or one that isn't safetensors.
     """
     if has_adapter(folder):
         return
+    refuse_pickled(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} has no trained adapter (no adapter_config.json); train first, or name its folder"
         )
     raise ValueError(
-        f"{folder} has the settings of an adapter, but no weights ({_WEIGHTS[0]}): training {how_far(folder)}. {_go_on(folder)}"
+        f"{folder} has the settings of an adapter, but no weights ({_WEIGHTS}): training {how_far(folder)}. {_go_on(folder)}"
     )
+
+
+def refuse_pickled(folder: str | Path) -> None:
+    """
+    Args:
+        folder: with an adapter; a name at the hub is left to PEFT, which executes nothing either.
+
+    Raises:
+        ValueError: its weights are a pickle file, which may hold a program.
+    """
+    folder = Path(folder)
+    if (folder / _PICKLED).is_file() and not (folder / _WEIGHTS).is_file():
+        raise ValueError(
+            f"{folder} has its weights in {_PICKLED}, a pickle file, which can hold a program; only {_WEIGHTS} is read. If you "
+            "trust where it comes from, PeftModel.from_pretrained(model, folder).save_pretrained(folder) writes it anew"
+        )
 
 
 def is_finished(folder: Path) -> bool:
@@ -97,15 +122,39 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
+def base_of(folder: Path) -> dict[str, Any] | None:
+    """As a configuration, the model that an adapter without the record of a run names."""
+    name = (_read(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    return {"base_model": name} if name else None
+
+
 def without_secrets(value: Any, key: str = "") -> Any:
     """A configuration that is handed on, in a record, a report or a model card: keys of accounts are not."""
+    if value and not isinstance(value, bool) and _SECRET.search(key):
+        return _HIDDEN
     if isinstance(value, Mapping):
         return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    return "(not shown)" if value and _SECRET.search(key) else _USER.sub("", value)
+    return hide(value) if isinstance(value, str) else value
+
+
+def hide(text: str) -> str:
+    """A text, such as a message, without the secrets that can be told by their looks."""
+    text = _SIGNED.sub(rf"\1={_HIDDEN}", _USER.sub("", text))
+    return _TOKEN.sub(_HIDDEN, text)
+
+
+def secrets_in(value: Any, key: str = "") -> list[str]:
+    """Keys of a configuration, dotted, whose values `without_secrets` doesn't hand on."""
+    if without_secrets(value, key.rpartition(".")[2]) == value:
+        return []
+    found: list[str] = []
+    if isinstance(value, Mapping):
+        found = [k for name, v in value.items() for k in secrets_in(v, f"{key}.{name}".lstrip("."))]
+    elif isinstance(value, list):
+        found = [k for i, v in enumerate(value) for k in secrets_in(v, f"{key}[{i}]")]
+    return found or [key]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -15,10 +15,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+from bapo_plugin.trust import refuse_strangers
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -46,7 +48,7 @@ class Store:
 
     Raises:
         StoreDamaged: the file is not a store, or not a sound one; it was set aside.
-        ValueError: the file was written by a newer version.
+        ValueError: the file was written by a newer version, or may be another user's work.
     """
 
     def __init__(self, path: str | Path, content: str = "entries"):
@@ -58,6 +60,7 @@ class Store:
             raise ValueError(
                 f"the store of {content} {self.path} can't be made: {error}; name another dataset_prepared_path"
             ) from error
+        refuse_strangers(self.path, self.path.with_name(f"{self.path.name}-journal"))
         self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
         self._file = self._inode()
         with self._damage_is_fatal():
@@ -105,7 +108,7 @@ class Store:
                 part = keys[start : start + _KEYS_A_QUERY]
                 marks = ",".join("?" * len(part))
                 query = (
-                    f"SELECT key, value, checksum FROM entries WHERE kind = ? AND key IN ({marks})"
+                    f"SELECT key, value, checksum FROM entries WHERE kind = ? AND key IN ({marks})"  # nosec B608 # marks are ?
                 )
                 for key, value, checksum in self._db.execute(query, (kind, *part)):
                     _check(kind, key, value, checksum)
@@ -267,9 +270,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    if not path.exists():
+        with suppress(OSError):  # what is wrong is said below
+            path.touch()  # with the permissions of the user's umask; SQLite's are its own
     db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA trusted_schema = OFF")  # a file's own triggers and views call nothing
     except sqlite3.Error:
         db.close()
         raise
@@ -282,7 +289,7 @@ def _readable(path: Path) -> Iterator[tuple]:
         db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         try:
             rows = db.execute(
-                f"SELECT kind, key, value, checksum FROM entries ORDER BY kind {order}, key {order}"
+                f"SELECT kind, key, value, checksum FROM entries ORDER BY kind {order}, key {order}"  # nosec B608 # ours
             )
             while row := rows.fetchone():
                 if all(isinstance(part, str) for part in row[:2]) and isinstance(row[2], bytes):

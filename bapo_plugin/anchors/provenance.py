@@ -17,6 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from bapo_plugin import __version__
 from bapo_plugin.blocks import AnchorsConfig
+from bapo_plugin.runs import hide
 from bapo_plugin.store import Store
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -80,7 +81,7 @@ def provenance(
         },
         "engine": {"name": anchors.engine}
         | (
-            {"url": anchors.server.url, "model": anchors.server.model or model}
+            {"url": hide(anchors.server.url), "model": anchors.server.model or model}
             if anchors.server
             else {}
         ),

@@ -14,6 +14,7 @@ from axolotl.utils.logging import get_logger
 from bapo_plugin.answers.engine import Answer, Request, Sampling, seed_of, shown
 from bapo_plugin.answers.transformers import TransformersEngine, autocast
 from bapo_plugin.blocks import AnchorServerConfig
+from bapo_plugin.runs import hide
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -74,6 +75,7 @@ class ServerEngine:
         self._server = server
         self._sampling = sampling
         self._model = server.model or model_name
+        self._shown = hide(server.url.rstrip("/"))  # a name and a password may be in it
         self._stop_ids = list(stop_ids)
         self._end_id = end_id if end_id in self._stop_ids else self._stop_ids[0]
         self._stop = [tokenizer.decode([i]) for i in [self._end_id, *stop_ids]]
@@ -124,7 +126,7 @@ class ServerEngine:
         """
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
         picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
-        where = f"{self._server.url}, model {self._model}"
+        where = f"{self._shown}, model {self._model}"
         for request in sorted(picked, key=lambda r: r.key):
             answer, said = self._complete(request, greedy=True)
             ((_, best),) = reference.generate([request], lambda n: None)
@@ -164,7 +166,7 @@ class ServerEngine:
         counted = _prompt_tokens(reply)
         if counted is not None and counted != len(request.prompt_ids):
             raise ServerError(
-                f"the server ({self._server.url}, model {self._model}) counts {counted} tokens in a prompt that has "
+                f"the server ({self._shown}, model {self._model}) counts {counted} tokens in a prompt that has "
                 f"{len(request.prompt_ids)} here: it has another tokenizer, or adds a token such as BOS. Prompt: "
                 f"{request.prompt!r}. Serve base_model with its own tokenizer"
             )
@@ -219,7 +221,7 @@ class ServerEngine:
                 "top_k": -1,
                 "min_p": 0.0,
                 "skip_special_tokens": False,
-                "return_token_ids": True,
+                "return_token_ids": True,  # nosec B105 # tokens of text
             }
             if form.prompt == "text":
                 body["add_special_tokens"] = False
@@ -241,7 +243,7 @@ class ServerEngine:
             given, stopped_by = choice.get("token_ids"), choice.get("stop_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ServerError(
-                f"{self._server.url}/completions answered something that is not a completion: "
+                f"{self._shown}/completions answered something that is not a completion: "
                 f"{str(reply)[:300]}; check bapo.anchors.server.url"
             ) from None
         ended = reason != "length"
@@ -251,7 +253,7 @@ class ServerEngine:
             if not self._said:
                 self._said = True
                 LOG.info(
-                    f"{self._server.url} gives no token ids: answers are tokenised here from their text"
+                    f"{self._shown} gives no token ids: answers are tokenised here from their text"
                 )
             for stop in self._stop:  # some servers leave it in
                 text, found, _ = text.partition(stop)
@@ -284,7 +286,7 @@ class ServerEngine:
                 problem = f"HTTP {response.status_code}: {response.text[:300]}"
                 if response.status_code not in _RETRIED:
                     raise ServerError(
-                        f"{url} refused a request: {problem}. "
+                        f"{self._shown}/completions refused a request: {problem}. "
                         + {
                             401: "Set the environment variable OPENAI_API_KEY",
                             404: f"Check bapo.anchors.server.url and the model's name there ({self._model})",
@@ -300,7 +302,7 @@ class ServerEngine:
                 if self._stopping.wait(backoff if pause is None else pause):
                     break
         raise ServerError(
-            f"{url} failed {self._server.retries + 1} times, last with {problem}. What was answered is kept; start "
+            f"{self._shown}/completions failed {self._server.retries + 1} times, last with {problem}. What was answered is kept; start "
             "again when the server is well, or raise bapo.anchors.server.retries or timeout"
         )
 

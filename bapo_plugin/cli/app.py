@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bapo_plugin import __version__
+from bapo_plugin.cli.arguments import refuse_older
 from bapo_plugin.network import report_to_nobody
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -31,5 +33,6 @@ def _main(
         ),
     ] = False,
 ) -> None:
+    refuse_older(context.invoked_subcommand)
     report_to_nobody()
     os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")  # it prints the whole configuration

@@ -8,6 +8,9 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from bapo_plugin.runs import hide
+from bapo_plugin.versions import too_old
+
 # of `bapo eval`, with --data; `evaluation.local` has them
 LOCAL_TASKS = {"paper", "scienceqa", "mmlu_humanities", "hhh", "truthfulqa"}
 
@@ -154,6 +157,12 @@ def must_exist(*paths: Path) -> None:
             fail(f"there is no file or folder {path}")
 
 
+def refuse_older(command: str | None) -> None:
+    """End where axolotl is too old for any command but the one that says what is wrong."""
+    if command != "doctor" and (said := too_old()):
+        fail(said)
+
+
 def fail(message: str) -> Any:
-    typer.echo(f"Error: {message}", err=True)
+    typer.echo(f"Error: {hide(message)}", err=True)
     raise typer.Exit(2)

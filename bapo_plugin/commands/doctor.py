@@ -3,13 +3,12 @@
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bapo_plugin import __version__
+from bapo_plugin import __version__, versions
 
 _PACKAGES = ("axolotl", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _OPTIONAL = {
@@ -20,8 +19,6 @@ _OPTIONAL = {
     "matplotlib": "`bapo report`",
 }
 _SETTINGS = ("HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "AXOLOTL_DO_NOT_TRACK")
-# of setup.py; what lies outside isn't tested
-SUPPORTED = ((0, 19), (0, 22))
 
 
 def diagnose() -> dict[str, Any]:
@@ -31,18 +28,16 @@ def diagnose() -> dict[str, Any]:
     from bapo_kernels.chunked import triton_missing
 
     problems: list[str] = []
-    versions = {"axolotl-plugin-bapo": __version__, "python": platform.python_version()}
+    here = {"axolotl-plugin-bapo": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
-        versions[name] = _version(name) or "missing"
-        if versions[name] == "missing":
+        here[name] = versions.found(name) or "missing"
+        if here[name] == "missing":
             problems.append(f"{name} is missing: pip install axolotl-plugin-bapo brings it")
-    numbers = tuple(int(part) for part in versions["axolotl"].split(".")[:2] if part.isdigit())
-    if len(numbers) == 2 and not SUPPORTED[0] <= numbers < SUPPORTED[1]:
-        problems.append(
-            f"axolotl {versions['axolotl']} isn't supported: take {_dotted(SUPPORTED[0])} or later, before {_dotted(SUPPORTED[1])}"
-        )
+    if said := versions.too_old() or versions.untested():
+        problems += [said, *_moved()]
     optional = {
-        name: _version(name) or f"missing, needed for {use}" for name, use in _OPTIONAL.items()
+        name: versions.found(name) or f"missing, needed for {use}"
+        for name, use in _OPTIONAL.items()
     }
     cuda = torch.cuda.is_available()
     devices = [
@@ -64,7 +59,7 @@ def diagnose() -> dict[str, Any]:
         if reason
     ]
     return {
-        "versions": versions,
+        "versions": here,
         "optional": optional,
         "devices": devices or [f"CPU, {os.cpu_count()} cores, {platform.machine()}"],
         "used": {
@@ -96,11 +91,15 @@ def show(found: dict[str, Any]) -> None:
     console.print("Nothing is missing." if not found["problems"] else "", end="\n")
 
 
-def _version(name: str) -> str | None:
+def _moved() -> list[str]:
+    """What other versions of others have no more, of all that we need of them."""
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        from bapo_plugin import compat
+
+        compat.refuse_moved()
+    except (ImportError, ValueError) as error:
+        return str(error).splitlines()
+    return []
 
 
 def _device(properties: Any, free: int) -> str:
@@ -132,7 +131,3 @@ def _half(cuda: bool) -> str:
         if torch.cuda.is_bf16_supported(including_emulation=False)
         else "fp16 (this GPU has no bf16)"
     )
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

@@ -46,7 +46,7 @@ def read_config(source: str | Path, settings: RunSettings | None = None) -> Pret
                 kind = written.pop("model_type")
                 config = AutoConfig.for_model(kind, **written)
             else:
-                config = AutoConfig.from_pretrained(path.parent, trust_remote_code=True)
+                config = AutoConfig.from_pretrained(path.parent, trust_remote_code=remote)
             for key, value in changes.items():
                 setattr(config, key, value)
         else:

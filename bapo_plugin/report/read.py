@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bapo_plugin.runs import RECORD, STATE
+from bapo_plugin.runs import RECORD, STATE, without_secrets
 
 TRAINER_CLS = (
     "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
@@ -231,7 +231,7 @@ def _add_configuration(run: Run, roots: list[Path]) -> None:
         path = root / RECORD
         if path.is_file():
             content = _read_json(path, "remove it, or train again")
-            run.config = dict(_mapping(content.get("config")))
+            run.config = without_secrets(_mapping(content.get("config")))
             run.versions = dict(_mapping(content.get("versions")))
             run.rows = dict(_mapping(content.get("rows")))
             run.model = str(content["model"]) if content.get("model") else None
@@ -240,7 +240,7 @@ def _add_configuration(run: Run, roots: list[Path]) -> None:
         for name, reader in (("README.md", _model_card_config), ("debug.log", _logged_config)):
             config = reader(root / name)
             if config is not None:
-                run.config, run.config_source = config, name
+                run.config, run.config_source = without_secrets(config), name
                 return
 
 

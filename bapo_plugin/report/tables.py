@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from bapo_plugin.report.read import TRAINER_CLS, Run, flatten, number
-from bapo_plugin.runs import without_secrets
 
 DASH = "–"
 
@@ -270,7 +269,7 @@ def _settings(run: Run) -> dict[str, Any]:
     if config.get("trainer_cls") == TRAINER_CLS:  # as in the user's YAML, before the plugin's part
         del config["trainer_cls"]
         config["rl"] = "bapo"
-    return without_secrets({**config, **{key: value for key, value in more.items() if value}})
+    return {**config, **{key: value for key, value in more.items() if value}}
 
 
 def _plain(value: Any) -> Any:

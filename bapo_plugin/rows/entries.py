@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from bapo_plugin.runs import without_secrets
+
 # keys of an entry that are ours, or that axolotl reads without having them in a schema
 _OURS = (
     "field_base",
@@ -34,7 +36,9 @@ def check_entry(where: str, entry: Any) -> list[str]:
         or not isinstance(entry.get("path"), str)
         or not entry["path"]
     ):
-        return [f"{where}: {entry!r} must be a block with at least `path:` and `type:`"]
+        return [
+            f"{where}: {without_secrets(entry)!r} must be a block with at least `path:` and `type:`"
+        ]
     known = known_keys()
     problems = []
     inner = entry.get("type")

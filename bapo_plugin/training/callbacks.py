@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from bapo_plugin import __version__
-from bapo_plugin.runs import RECORD, STATE
+from bapo_plugin.runs import RECORD, STATE, without_secrets
 from bapo_plugin.store import write_whole
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RunRecord(TrainerCallback):
             return
         names = ("axolotl", "torch", "transformers", "trl", "peft")
         record = {
-            "config": self.config,
+            "config": without_secrets(self.config),
             "directory": os.getcwd(),  # relative names in the configuration start there
             "model": self._model,
             "rows": self._rows,

@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from bapo_plugin.runs import how_far
+from bapo_plugin.runs import how_far, without_secrets
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -87,7 +87,7 @@ def write_card(trainer: "BAPOTrainer", name: str | None) -> None:
         tags=[*trainer.tag_names, "trl", "dpo"],
     )
     # through JSON: what is left are plain values, which YAML can write
-    config = json.loads(json.dumps(trainer.record.config, default=str))
+    config = json.loads(json.dumps(without_secrets(trainer.record.config), default=str))
     of = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`"
     lines = [
         f"# {name}",

@@ -82,7 +82,7 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
 def test_doctor_says_what_will_be_used_and_what_is_missing(monkeypatch):
     import torch
 
-    import bapo_plugin.commands.doctor as doctor
+    from bapo_plugin import versions
 
     monkeypatch.setattr(torch.version, "cuda", None)  # a build for GPUs, where there is none
     result = CliRunner().invoke(app, ["doctor", "--json"])
@@ -95,9 +95,14 @@ def test_doctor_says_what_will_be_used_and_what_is_missing(monkeypatch):
         result = CliRunner().invoke(app, ["doctor", "--json"])
         (problem,) = json.loads(result.stdout)["problems"]
         assert "built for CUDA 13.0, but no GPU is found" in problem and result.exit_code == 1
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda n: "0.22.1" if n == "axolotl" else real(n))
-    assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
-    result = CliRunner().invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    assert "axolotl 0.22.1 isn't supported: take 0.19 or later, before 0.22" in result.output
+    real = versions.version
+    for number, said in [
+        ("0.22.1", "not tested with axolotl 0.22.1"),
+        ("0.18.0", "0.18.0 is too old"),
+    ]:
+        monkeypatch.setattr(
+            versions, "version", lambda n, number=number: number if n == "axolotl" else real(n)
+        )
+        assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
+        result = CliRunner().invoke(app, ["doctor"])
+        assert result.exit_code == 1 and said in " ".join(result.output.split())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import fresh_lora, randomize_lora
+from helpers import axolotl, fresh_lora, randomize_lora
 from peft import get_peft_model
 from tiny import make_rows, make_tokenizer, save_model, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -259,3 +259,15 @@ def test_a_checkpoint_is_loaded_as_its_run_was(folder, tmp_path, monkeypatch):
         assert found["load_in_8bit"] and found["base_model"] == str(folder / "model")
         assert found["lora_model_dir"] == str(folder / "first")
         assert found["output_dir"] == str(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_no_network_for_prompts_of_a_file(folder, tmp_path):
+    """An adapter without the record of a run, a model in a folder: sockets are forbidden."""
+    output = axolotl(
+        tmp_path,
+        *("eval", folder / "first", "--prompts", folder / "prompts.txt", "--max-new-tokens", 4),
+        *("-o", tmp_path),
+        program="bapo",
+    )
+    assert "former answers" in output and (tmp_path / "bapo-eval.json").exists()

@@ -192,19 +192,23 @@ def test_drift_panels_have_one_scale(two):
     assert ticks(loss)[0] != ticks(loss)[2]
 
 
-def test_everything_is_escaped(tmp_path):
-    name = EVIL.replace("/", "∕")
-    config = BAPO | {"note": EVIL, EVIL: 1, "base_model": EVIL}
+@pytest.mark.parametrize(
+    "evil", [EVIL, "</textarea></pre><b>\" onload=\"x\" ' onclick='x' <!-- ]]> -->"]
+)
+def test_everything_is_escaped(tmp_path, evil):
+    name = evil.replace("/", "∕")
+    config = BAPO | {"note": evil, evil: 1, "base_model": evil, "datasets": [{"path": evil}]}
     run = make_run(tmp_path / name, config=config)
     add_evaluation(
         run,
-        tasks=[{"task": EVIL, "metric": EVIL, "before": None, "after": {EVIL: {"value": EVIL}}}],
-        samples=[{"prompt": EVIL, "before": EVIL, "after": {EVIL: EVIL}, "drift": {EVIL: EVIL}}],
+        tasks=[{"task": evil, "metric": evil, "before": None, "after": {evil: {"value": evil}}}],
+        samples=[{"prompt": evil, "before": evil, "after": {evil: evil}, "drift": {evil: evil}}],
     )
     other = make_run(tmp_path / f"b {name}", config={})
     page = Page(write_report([run, other], tmp_path / f"{name}.html")[0])
-    assert not page.all("script")
-    assert page.text.count(EVIL) >= 6  # prompt, answers, task, config key and value
+    assert not page.all("script") and not page.all("b")
+    assert not {key for _, attrs in page.tags for key in attrs if key.startswith("on")}
+    assert page.text.count(evil) >= 6  # prompt, answers, task, config key and value
     assert name in page.text
     assert any(name in attrs.get("aria-label", "") for attrs in page.all("svg"))
 

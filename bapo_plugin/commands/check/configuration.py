@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
+from bapo_plugin.runs import without_secrets
 
 _OURS = "axolotl.bapo_plugin"
 # below, two names have little in common
@@ -160,7 +161,7 @@ def _in_words(error: ValidationError) -> str:
         text = e["msg"].removeprefix("Value error, ")
         is_plain = isinstance(e["input"], str | int | float | bool | None)
         lines.append(
-            f"{key}: {text}, got {e['input']!r}"
+            f"{key}: {text}, got {without_secrets(e['input'], key)!r}"
             if key and is_plain
             else f"{key}: {text}"
             if key

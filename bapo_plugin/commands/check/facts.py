@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from bapo_plugin.runs import hide
+
 
 @dataclass
 class Warned:
@@ -232,10 +234,11 @@ class Facts:
 
     def fail(self, text: str) -> None:
         """An error; one that was met twice is told once."""
+        text = hide(text)
         if text not in self.errors:
             self.errors.append(text)
         self.exit_code = 2
 
     def warn(self, about: str, text: str) -> None:
-        self.warnings.append(Warned(about, text))
+        self.warnings.append(Warned(about, hide(text)))
         self.exit_code = max(self.exit_code, 1)

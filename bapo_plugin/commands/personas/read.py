@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from bapo_plugin.checks import check_config
+from bapo_plugin.runs import secrets_in
 
 CONFIG = "config.yml"
 # what must be the same for adapters of one loaded model; a test holds it to what `models` knows of loading
@@ -160,6 +161,11 @@ def _check(where: str, base: Mapping[str, Any], merged: Mapping[str, Any]) -> No
     if not merged.get("val_set_size") and not merged.get("test_datasets"):
         raise ValueError(
             f"{where}: there are no held-out rows to compare adapters on; set val_set_size or test_datasets"
+        )
+    if found := secrets_in(merged):
+        raise ValueError(
+            f"{where}: {', '.join(found)}: would be copied into the persona's folder, which may be shared or uploaded; remove it "
+            "from the YAML and set it in the environment (HF_TOKEN, WANDB_API_KEY, COMET_API_KEY, ...)"
         )
     try:
         check_config(copy.deepcopy(dict(merged)))

@@ -23,7 +23,7 @@ FLOORS = [
     ["planning"],
     ["training"],
     ["evaluation", "commands", "report"],
-    ["plugin", "arguments", "cli", "__main__", "__init__"],
+    ["plugin", "cli", "__main__", "__init__"],
 ]
 LEVEL = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What the subcommands of `bapo` share: arguments, errors, what goes to stdout."""
+"""What the commands of `bapo` share: arguments, errors, what goes to stdout."""
 
 import sys
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ Personas = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="NAME", help="This persona only; several by repeating."),
+    typer.Option("--only", metavar="NAME", help="Train this persona only; several by repeating."),
 ]
 OnlyList = Annotated[
     bool,
@@ -125,6 +125,18 @@ OnlyMatrix = Annotated[
     bool, typer.Option("--matrix", help="Train nothing; measure those that are trained.")
 ]
 Launcher = Annotated[str | None, typer.Option(help="Of `axolotl train`. Default: axolotl's own.")]
+
+
+@contextmanager
+def errors_in_a_line(interrupted: str = "Interrupted.") -> Iterator[None]:
+    """An error that a user can mend ends the command with one text and exit code 2, Ctrl-C with `interrupted` and 130."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -123,6 +123,13 @@ class Store:
             self._db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", rows)
             self._release(done)
 
+    def remove(self, kind: str, keys: Iterable[str]) -> None:
+        """Take entries out that turned out to be wrong."""
+        with self._damage_is_fatal(), self._transaction():
+            self._db.executemany(
+                "DELETE FROM entries WHERE kind = ? AND key = ?", [(kind, key) for key in keys]
+            )
+
     def put_first(self, kind: str, key: str, value: bytes) -> bytes:
         """Write an entry if there is none; returns the one that is there then."""
         row = (kind, key, value, _checksum(kind, key, value))

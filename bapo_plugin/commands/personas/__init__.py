@@ -21,8 +21,10 @@ from bapo_plugin.commands.personas.train import (
     state_of,
     train_all,
 )
+from bapo_plugin.files import must_be_writable, write_whole
 from bapo_plugin.network import stay_offline
-from bapo_plugin.store import write_whole
+
+_ELSEWHERE = "name another output_dir"
 
 
 def personas(
@@ -59,7 +61,7 @@ def personas(
     found = [p for p in everybody if not only or p.name in only]
     todo = [p for p in found if not is_trained(p)]
     for persona in todo if not only_matrix else ():
-        write_whole(persona.path, _text(persona, config, file))
+        write_whole(persona.path, _text(persona, config, file), _ELSEWHERE)
     # the same command again, for messages
     again = shlex.join(["bapo", "personas", str(config), str(file)])
     again += "".join(f" --only {shlex.quote(name)}" for name in only)
@@ -113,11 +115,12 @@ def _measure(found: list[Persona], config: Path) -> None:
     from bapo_plugin.evaluation.matrix import measure_personas, print_matrix, write_matrix
     from bapo_plugin.report.heatmap import heatmap_png
 
-    result = measure_personas({p.name: p.path for p in found}, [p.folder for p in found])
     folder = Path(read_yaml(config)["output_dir"])
+    must_be_writable(folder, _ELSEWHERE)
+    result = measure_personas({p.name: p.path for p in found}, [p.folder for p in found])
+    print_matrix(result)  # it is there, whatever becomes of the files
     paths = write_matrix(result, folder)
     picture = folder / f"{paths[0].stem}.png"
-    picture.write_bytes(heatmap_png(result))
-    print_matrix(result)
+    write_whole(picture, heatmap_png(result), _ELSEWHERE)
     for path in (*paths, picture):
         typer.echo(f"Wrote {path}")

@@ -5,13 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from helpers import preparation, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
@@ -545,24 +545,18 @@ def test_a_new_row_is_explained(folder):
 
 
 def start(path, pause=0.02):
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, path, str(pause)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return process
+    return warm.Process([SCRIPT, path, str(pause)])
 
 
 def wait_for(process, word):
     for line in process.stdout:
         if line.strip() == word:
             return
-    raise AssertionError(process.stderr.read()[-3000:])
+    raise AssertionError(process.errors()[-3000:])
 
 
 def finish(process):
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate()
     assert process.returncode == 0, err[-4000:]
     return int(out.split("GENERATED")[1])
 

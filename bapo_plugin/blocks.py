@@ -60,7 +60,8 @@ class AnchorServerConfig(Block):
         default=True,
         json_schema_extra={
             "description": "Before the work begins, compare greedy answers of the server with those of the "
-            "reference model, loaded here. false: trust the server, load no model."
+            "reference model, loaded here; ask them again after every 16 × concurrency answers. false: trust the server, "
+            "load no model."
         },
     )
     tolerance: float = Field(

@@ -1,6 +1,7 @@
 """An error that a user can mend is the last thing on the screen: our message, without a traceback.
 
-In a process of axolotl, a ValueError that our own code raised is such an error. Launchers (accelerate, torchrun) print
+In a process of axolotl, a ValueError that our own code raised is such an error, and a full disk or a folder that can't
+be written to, whoever met it. Launchers (accelerate, torchrun) print
 tracebacks of their own when a process fails, so that under them the message waits until they are gone.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from bapo_plugin.files import of_the_disk
 from bapo_plugin.runs import hide
 
 _HERE = str(Path(__file__).parent)
@@ -31,10 +33,11 @@ def install() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> Any:
-        if not is_for_the_user(error):
+        text = str(error) if is_for_the_user(error) else of_the_disk(error)
+        if text is None:
             return before(kind, error, traceback)
         rank = int(os.environ.get("RANK", 0))
-        _say(f"\nError: {hide(str(error))}\n", rank)
+        _say(f"\nError: {hide(text)}\n", rank)
 
     hook._bapo = True
     sys.excepthook = hook

@@ -27,6 +27,7 @@ from bapo_plugin.anchors.generate import make_missing, remember_rows
 from bapo_plugin.anchors.plan import make_plan, usable, with_keys
 from bapo_plugin.anchors.provenance import fingerprint, provenance, tokenizer_hash
 from bapo_plugin.config import BAPOConfig, parse_block
+from bapo_plugin.files import writing
 from bapo_plugin.models import (
     answer_beside,
     answering_engine,
@@ -51,6 +52,7 @@ LOG = get_logger("axolotl." + __name__)
 FORMAT = 2
 SPLITS = ("datasets", "test_datasets")
 KEEP = "keep"  # prompts of `bapo.keep`, prepared beside them
+_ELSEWHERE = "name another dataset_prepared_path"
 
 
 class Preparation:
@@ -302,8 +304,10 @@ class Preparation:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file_lock:
+        with writing(self.folder, _ELSEWHERE):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = self._file_lock.acquire()
+        with held:
             yield
 
     def _are_there(self, paths: Mapping[str, Path], fresh: bool = False) -> bool:
@@ -369,8 +373,9 @@ def _save(rows: Dataset, path: Path) -> None:
     """Store under a temporary name first: a run that is killed leaves no half-written rows."""
     partial_path = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}")
     try:
-        rows.save_to_disk(str(partial_path))
-        shutil.rmtree(path, ignore_errors=True)
-        partial_path.rename(path)
+        with writing(path, _ELSEWHERE):
+            rows.save_to_disk(str(partial_path))
+            shutil.rmtree(path, ignore_errors=True)
+            partial_path.rename(path)
     finally:
         shutil.rmtree(partial_path, ignore_errors=True)

@@ -15,11 +15,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from bapo_plugin.files import writing
 from bapo_plugin.trust import refuse_strangers
 
 _SCHEMA = """
@@ -32,7 +33,9 @@ CREATE TABLE IF NOT EXISTS claims (
 """
 _VERSION = 1
 _LEASE = 120.0  # seconds without a sign of life after which another machine's claim is void
+_PATIENCE = 60  # seconds to wait for a lock
 _KEYS_A_QUERY = 500
+_ELSEWHERE = "name another dataset_prepared_path"
 
 
 class StoreDamaged(ValueError):
@@ -58,7 +61,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"the store of {content} {self.path} can't be made: {error}; name another dataset_prepared_path"
+                f"the store of {content} {self.path} can't be made: {error}; {_ELSEWHERE}"
             ) from error
         refuse_strangers(self.path, self.path.with_name(f"{self.path.name}-journal"))
         self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
@@ -122,6 +125,13 @@ class Store:
             self._db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", rows)
             self._release(done)
 
+    def remove(self, kind: str, keys: Iterable[str]) -> None:
+        """Take entries out that turned out to be wrong."""
+        with self._damage_is_fatal(), self._transaction():
+            self._db.executemany(
+                "DELETE FROM entries WHERE kind = ? AND key = ?", [(kind, key) for key in keys]
+            )
+
     def put_first(self, kind: str, key: str, value: bytes) -> bytes:
         """Write an entry if there is none; returns the one that is there then."""
         row = (kind, key, value, _checksum(kind, key, value))
@@ -151,9 +161,12 @@ class Store:
         return mine
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give claims back without a result."""
-        with self._transaction():
-            self._release(keys)
+        """Give claims back without a result. Where that can't be written they end with the process."""
+        try:
+            with self._transaction():
+                self._release(keys)
+        except sqlite3.OperationalError:
+            pass  # an error under way says more; else the next write meets the same fault
 
     @contextmanager
     def keep_claims_alive(self):
@@ -161,16 +174,15 @@ class Store:
         stop = threading.Event()
 
         def renew() -> None:
-            db = _connect(self.path)
             while not stop.wait(_LEASE / 4):
                 try:
-                    db.execute(
-                        "UPDATE claims SET renewed = ? WHERE host = ? AND pid = ? AND started = ?",
-                        (time.time(), *self._owner),
-                    )
+                    with closing(_connect(self.path)) as db:
+                        db.execute(
+                            "UPDATE claims SET renewed = ? WHERE host = ? AND pid = ? AND started = ?",
+                            (time.time(), *self._owner),
+                        )
                 except sqlite3.Error:
                     pass  # the main thread meets the same fault and reports it
-            db.close()
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -203,10 +215,11 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # a full disk has ended the transaction already
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def _check_in_place(self) -> None:
         if self._inode() != self._file:
@@ -227,7 +240,10 @@ class Store:
             yield
         except sqlite3.OperationalError as error:  # locked, disk full, no permission: not damage
             if "malformed" not in str(error):
-                raise ValueError(f"the store {self.path} can't be used: {error}") from error
+                raise ValueError(
+                    f"the store of {self.content} {self.path} can't be used: {error}. {_remedy(error)}. What was stored before is "
+                    "kept"
+                ) from error
             self._set_aside(error)
         except sqlite3.DatabaseError as error:
             self._set_aside(error)
@@ -238,22 +254,25 @@ class Store:
         if hasattr(self, "_db"):
             self._db.close()
         self._check_in_place()  # another process may have set it aside already
-        os.replace(self.path, damaged)
-        journal = self.path.with_name(f"{self.path.name}-journal")
-        if journal.exists():  # it belongs to the damaged file and would be applied to the new one
-            os.replace(journal, damaged.with_name(f"{damaged.name}-journal"))
+        # the new store first: where there is no room for it, nothing has moved
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        sound = 0
-        db = _connect(new)
-        db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION}")
-        db.execute("BEGIN")
-        for row in _readable(damaged):
-            if row[3] == _checksum(*row[:3]):
-                db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
-                sound += 1
-        db.execute("COMMIT")
-        db.close()
-        os.replace(new, self.path)
+        try:
+            sound = _copy_sound(self.path, new)
+            with writing(damaged, _ELSEWHERE):
+                os.replace(self.path, damaged)
+                journal = self.path.with_name(f"{self.path.name}-journal")
+                if (
+                    journal.exists()
+                ):  # it belongs to the damaged file and would be applied to the new one
+                    os.replace(journal, damaged.with_name(f"{damaged.name}-journal"))
+                os.replace(new, self.path)
+        except sqlite3.Error as fault:
+            raise ValueError(
+                f"the store of {self.content} {self.path} is damaged ({error}), and the sound entries in it can't be copied to "
+                f"a new one: {fault}. {_remedy(fault)}"
+            ) from error
+        finally:
+            new.unlink(missing_ok=True)
         raise StoreDamaged(
             f"the store of {self.content} {self.path} is damaged ({error}). It was set aside as "
             f"{damaged.name}; the {sound} sound entries in it were copied to a new store. Put a copy of yours "
@@ -261,19 +280,25 @@ class Store:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+def _remedy(error: sqlite3.Error) -> str:
+    """What mends a fault of the file system, by SQLite's name of it."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name == "SQLITE_FULL":
+        return f"Free space on its disk, or {_ELSEWHERE}"
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return f"Make the file and its folder writable, or {_ELSEWHERE}"
+    # a lock that a network folder refuses looks as if another process held it
+    return (
+        f"Either another process has held it for over {_PATIENCE} s, then start again; or its disk or network folder fails or "
+        f"knows no locks, then {_ELSEWHERE}, on a local disk"
+    )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.exists():
         with suppress(OSError):  # what is wrong is said below
             path.touch()  # with the permissions of the user's umask; SQLite's are its own
-    db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA trusted_schema = OFF")  # a file's own triggers and views call nothing
@@ -283,10 +308,25 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
+def _copy_sound(damaged: Path, new: Path) -> int:
+    """Entries that match their checksum, to a new store; their number."""
+    new.unlink(missing_ok=True)
+    sound = 0
+    with closing(_connect(new)) as db:
+        db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION}")
+        db.execute("BEGIN")
+        for row in _readable(damaged):
+            if row[3] == _checksum(*row[:3]):
+                db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
+                sound += 1
+        db.execute("COMMIT")
+    return sound
+
+
 def _readable(path: Path) -> Iterator[tuple]:
     """Entries of a damaged file, as far as they can be read, from both ends."""
     for order in ("ASC", "DESC"):
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         try:
             rows = db.execute(
                 f"SELECT kind, key, value, checksum FROM entries ORDER BY kind {order}, key {order}"  # nosec B608 # ours

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from bapo_plugin.anchors.plan import KIND, Plan, usable
 from bapo_plugin.anchors.provenance import fingerprint
-from bapo_plugin.answers.engine import Answer, Engine, Request, shown
+from bapo_plugin.answers.engine import Answer, Engine, ModelChanged, Request, shown
 from bapo_plugin.store import Store
 
 
@@ -196,6 +196,13 @@ def _answer(
             flush()
         raise
     flush()
+    try:
+        engine.confirm()
+    except ModelChanged as error:
+        store.remove(KIND, [request.key for request in requests])
+        raise ModelChanged(
+            f"{error}\nThe last {len(requests):,} answers are not kept, the others are; start again when the former model answers"
+        ) from error
 
 
 def _entry(

@@ -45,6 +45,10 @@ class Answer(NamedTuple):
     cut: bool
 
 
+class ModelChanged(ValueError):
+    """Another model answers than before; the text says how that shows."""
+
+
 class Engine(Protocol):
     """What makes answers."""
 
@@ -62,6 +66,13 @@ class Engine(Protocol):
         Args:
             requests: one of `batches`, or a part of one.
             on_tokens: told how many more tokens there are.
+        """
+
+    def confirm(self) -> None:
+        """Make sure that what has answered is still what it was.
+
+        Raises:
+            ModelChanged: it isn't.
         """
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import httpx
 import torch
 from axolotl.utils.logging import get_logger
 
-from bapo_plugin.answers.engine import Answer, Request, Sampling, seed_of, shown
+from bapo_plugin.answers.engine import Answer, ModelChanged, Request, Sampling, seed_of, shown
+from bapo_plugin.answers.replies import Completion, NotACompletion, read_completion
 from bapo_plugin.answers.transformers import TransformersEngine, autocast
 from bapo_plugin.blocks import AnchorServerConfig
 from bapo_plugin.runs import hide
@@ -76,6 +78,7 @@ class ServerEngine:
         self._sampling = sampling
         self._model = server.model or model_name
         self._shown = hide(server.url.rstrip("/"))  # a name and a password may be in it
+        self._vocabulary = len(tokenizer)
         self._stop_ids = list(stop_ids)
         self._end_id = end_id if end_id in self._stop_ids else self._stop_ids[0]
         self._stop = [tokenizer.decode([i]) for i in [self._end_id, *stop_ids]]
@@ -90,6 +93,9 @@ class ServerEngine:
         )
         self._stopping = threading.Event()
         self._said = False
+        self._answers_as: str | None = None  # the name that the first reply had
+        self._probed: dict[str, tuple[Request, Answer]] = {}
+        self._reference: TransformersEngine | None = None
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Parts that keep all connections busy and are not too much to lose a claim on."""
@@ -124,11 +130,13 @@ class ServerEngine:
                 BOS), goes on where the model ends its turn, or gives an answer that the reference model
                 would not give.
         """
+        self._reference = reference
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
         picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
         where = f"{self._shown}, model {self._model}"
         for request in sorted(picked, key=lambda r: r.key):
             answer, said = self._complete(request, greedy=True)
+            self._probed[request.key] = (request, answer)
             ((_, best),) = reference.generate([request], lambda n: None)
             if answer == best or (said in self._texts(best) and answer.cut == best.cut):
                 continue
@@ -151,6 +159,26 @@ class ServerEngine:
                 "bapo.anchors.engine: transformers"
             )
 
+    def confirm(self) -> None:
+        """Ask again what was asked before the work; where an answer differs, the reference model tells rounding from
+        another model.
+
+        Raises:
+            ModelChanged: it is another model now.
+            ServerError: it doesn't answer.
+        """
+        for request, before in list(self._probed.values()):
+            if self._complete(request, greedy=True)[0] == before:
+                continue
+            try:
+                self.probe([request], self._reference)
+            except ServerError as error:
+                raise ModelChanged(
+                    f"another model answers than at the beginning: {error}"
+                ) from error
+            finally:
+                self._reference.close()
+
     def _texts(self, answer: Answer) -> tuple[str, str]:
         """An answer as servers show it: with special tokens, or without."""
         ids = shown(answer.ids, self._stop_ids)
@@ -163,10 +191,15 @@ class ServerEngine:
                 if self._form is None:
                     self._form = self._choose_form(request)
         reply = self._post(self._body(request, self._form, greedy))
-        counted = _prompt_tokens(reply)
-        if counted is not None and counted != len(request.prompt_ids):
+        self._answers_as = self._answers_as or reply.model
+        if reply.model not in (None, self._answers_as):
             raise ServerError(
-                f"the server ({self._shown}, model {self._model}) counts {counted} tokens in a prompt that has "
+                f"the server ({self._shown}) answered as {self._answers_as}, and now as {reply.model}: its model was changed. "
+                "What was answered before is kept; serve the former model and start again"
+            )
+        if reply.prompt_tokens not in (None, len(request.prompt_ids)):
+            raise ServerError(
+                f"the server ({self._shown}, model {self._model}) counts {reply.prompt_tokens} tokens in a prompt that has "
                 f"{len(request.prompt_ids)} here: it has another tokenizer, or adds a token such as BOS. Prompt: "
                 f"{request.prompt!r}. Serve base_model with its own tokenizer"
             )
@@ -179,20 +212,20 @@ class ServerEngine:
         for form in _FORMS[:-1]:
             try:
                 for _ in range(3):
-                    response = self._client.post(url, json=self._body(short, form, greedy=True))
-                    if response.status_code not in _BUSY:
+                    status, headers, data = self._send(url, self._body(short, form, greedy=True))
+                    if status not in _BUSY:
                         break
-                    self._stopping.wait(_seconds(response.headers.get("retry-after")) or 1.0)
-                reply = response.json() if response.status_code == 200 else {}
+                    self._stopping.wait(_seconds(headers.get("retry-after")) or 1.0)
+                if status in (401, 403, 404):
+                    break
+                if status == 200:
+                    reply = read_completion(data, self._vocabulary)
+                    if reply.prompt_tokens in (None, len(request.prompt_ids)):
+                        return form
             except httpx.ConnectError:
                 break  # no server: the request itself will say so, after its retries
-            except (httpx.TransportError, ValueError):
+            except (httpx.RequestError, NotACompletion):
                 continue
-            if isinstance(reply, dict) and isinstance(reply.get("choices"), list):
-                if _prompt_tokens(reply) in (None, len(request.prompt_ids)):
-                    return form
-            if response.status_code in (401, 403, 404):
-                break
         return _FORMS[-1]
 
     def _body(self, request: Request, form: _Form, greedy: bool) -> dict[str, Any]:
@@ -236,20 +269,9 @@ class ServerEngine:
                 return request.prompt.removeprefix(bos)
         return request.prompt
 
-    def _answer(self, request: Request, reply: Any) -> tuple[Answer, str]:
-        try:
-            choice = reply["choices"][0]
-            text, reason = choice["text"], choice.get("finish_reason")
-            given, stopped_by = choice.get("token_ids"), choice.get("stop_reason")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ServerError(
-                f"{self._shown}/completions answered something that is not a completion: "
-                f"{str(reply)[:300]}; check bapo.anchors.server.url"
-            ) from None
-        ended = reason != "length"
-        if isinstance(given, list) and given and all(isinstance(i, int) for i in given):
-            ids = list(given)
-        else:
+    def _answer(self, request: Request, reply: Completion) -> tuple[Answer, str]:
+        text, ids, ended = reply.text, reply.ids, not reply.cut
+        if ids is None:
             if not self._said:
                 self._said = True
                 LOG.info(
@@ -264,7 +286,7 @@ class ServerEngine:
             return Answer(tuple(ids[: end + 1]), False), text
         if not ended or len(ids) >= request.limit:
             return Answer(tuple(ids[: request.limit]), True), text
-        last = stopped_by if stopped_by in self._stop_ids else self._end_id
+        last = reply.stopped_by if reply.stopped_by in self._stop_ids else self._end_id
         return Answer((*ids, last), False), text
 
     def _ids_of(self, request: Request, text: str) -> list[int]:
@@ -275,27 +297,38 @@ class ServerEngine:
             return whole[n:]
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _post(self, body: dict) -> Any:
+    def _send(self, url: str, body: dict) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body of a reply that comes within the time for one request, however it trickles."""
+        ends = time.monotonic() + self._server.timeout
+        data = bytearray()
+        with self._client.stream("POST", url, json=body) as response:
+            for part in response.iter_bytes():
+                data += part
+                if time.monotonic() > ends:
+                    raise httpx.ReadTimeout(f"no whole answer within {self._server.timeout:g} s")
+        return response.status_code, response.headers, bytes(data)
+
+    def _post(self, body: dict) -> Completion:
         url = self._server.url.rstrip("/") + "/completions"
         for attempt in range(self._server.retries + 1):
             pause = None
             try:
-                response = self._client.post(url, json=body)
-                if response.status_code == 200:
-                    return response.json()
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code not in _RETRIED:
+                status, headers, data = self._send(url, body)
+                if status == 200:
+                    return read_completion(data, self._vocabulary)
+                problem = f"HTTP {status}: {data[:300].decode('utf-8', 'replace')}"
+                if status not in _RETRIED:
                     raise ServerError(
                         f"{self._shown}/completions refused a request: {problem}. "
                         + {
                             401: "Set the environment variable OPENAI_API_KEY",
                             404: f"Check bapo.anchors.server.url and the model's name there ({self._model})",
-                        }.get(response.status_code, "Check bapo.anchors.server")
+                        }.get(status, "Check bapo.anchors.server")
                     )
-                pause = _seconds(response.headers.get("retry-after"))
-            except (httpx.TransportError, ValueError) as error:  # no connection, or no JSON
-                if isinstance(error, ServerError):
-                    raise
+                pause = _seconds(headers.get("retry-after"))
+            except NotACompletion as error:
+                problem = str(error)
+            except httpx.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self._server.retries:
                 backoff = min(30.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.25)
@@ -303,7 +336,7 @@ class ServerEngine:
                     break
         raise ServerError(
             f"{self._shown}/completions failed {self._server.retries + 1} times, last with {problem}. What was answered is kept; start "
-            "again when the server is well, or raise bapo.anchors.server.retries or timeout"
+            "again when the server is well, check bapo.anchors.server.url, or raise bapo.anchors.server.retries or timeout"
         )
 
     def close(self) -> None:
@@ -315,11 +348,6 @@ def _seconds(retry_after: str | None) -> float | None:
         return min(120.0, max(0.0, float(retry_after)))
     except (TypeError, ValueError):
         return None
-
-
-def _prompt_tokens(reply: Any) -> int | None:
-    usage = reply.get("usage") if isinstance(reply, dict) else None
-    return usage.get("prompt_tokens") if isinstance(usage, dict) else None
 
 
 @torch.inference_mode()

@@ -143,6 +143,9 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(ids) if token in self._stop_ids), None)
         return Answer(tuple(ids[:end]), end is None)
 
+    def confirm(self) -> None:
+        """A model in this process doesn't change."""
+
     def close(self) -> None:
         self._model = None
         gc.collect()

@@ -1,5 +1,6 @@
 """What `bapo anchors` does."""
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from bapo_plugin.anchors.plan import explain, make_plan, usable
 from bapo_plugin.answers.engine import shown
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
+from bapo_plugin.files import must_be_writable, whole
 from bapo_plugin.models import WHOLE
 from bapo_plugin.opening import store_path
 from bapo_plugin.prepare import KEEP, Preparation
@@ -26,6 +28,8 @@ from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
 from bapo_plugin.rows.sources import Source
 from bapo_plugin.scoring.reference import FILE
 from bapo_plugin.store import Store
+
+_ELSEWHERE = "name another place with --output"
 
 
 def write_anchors(config: Path, output: Path | None) -> None:
@@ -40,6 +44,8 @@ def write_anchors(config: Path, output: Path | None) -> None:
         raise ValueError(
             f"bapo.anchors.on_missing must be generate for this command; the YAML says {anchors.on_missing}"
         )
+    if output is not None:
+        must_be_writable(output.parent, _ELSEWHERE)
     rendered = work.rendered(keep=True)
     made_by = work.made_by()
     keyed = work.keyed(rendered, made_by)
@@ -151,14 +157,40 @@ def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) 
 
 def _write(rows: Dataset, path: Path) -> None:
     """As a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path, _ELSEWHERE) as partial:
         if path.suffix == ".parquet":
-            rows.to_parquet(str(partial))
+            with _Patient(partial) as file:
+                rows.to_parquet(file)
         else:
             with partial.open("w", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+class _Patient(io.FileIO):
+    """A file that says at its end what went wrong: Arrow ends the whole process where a write fails."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w")
+        self._error: OSError | None = None
+        self._written = 0
+
+    def write(self, data: Any) -> int:
+        """All of it, or nothing any more after an error."""
+        data = memoryview(data).cast("B")
+        self._written += len(data)
+        try:
+            start = 0
+            while start < len(data) and self._error is None:
+                start += super().write(data[start:])
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def tell(self) -> int:
+        return self._written
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        if self._error is not None:
+            raise self._error

@@ -267,4 +267,4 @@ def write_matrix(found: Mapping[str, Any], folder: Path) -> list[Path]:
         text += markdown_table(_difference_rows(found))
     counts = ", ".join(f"{name} {part['held_out']}" for name, part in found["personas"].items())
     text += [f"Held-out pairs: {counts}.", "", versions, ""]
-    return write_result(folder / RESULT, found, "\n".join(text))
+    return write_result(folder / RESULT, found, "\n".join(text), "name another output_dir")

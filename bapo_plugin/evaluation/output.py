@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bapo_plugin.store import write_whole
+from bapo_plugin.files import write_whole
 
 RESULT = "bapo-eval"
+ELSEWHERE = "name another folder with --output"
 _AT_CHANCE = "at chance: the accuracy before is within two standard errors of guessing, so that a difference says little"
 
 
@@ -187,13 +188,17 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
-    return write_result(folder / RESULT, found, _markdown(found))
+    return write_result(folder / RESULT, found, _markdown(found), ELSEWHERE)
 
 
-def write_result(stem: Path, found: Mapping[str, Any], markdown: str) -> list[Path]:
-    """`stem`.json with every number and `stem`.md to be read; their paths."""
+def write_result(stem: Path, found: Mapping[str, Any], markdown: str, instead: str) -> list[Path]:
+    """`stem`.json with every number and `stem`.md to be read; their paths.
+
+    Raises:
+        ValueError: one can't be written; `instead` is what may be done then.
+    """
     texts = {".json": json.dumps(found, indent=1, ensure_ascii=False), ".md": markdown}
     paths = {stem.with_name(f"{stem.name}{suffix}"): text for suffix, text in texts.items()}
     for path, text in paths.items():
-        write_whole(path, text)
+        write_whole(path, text, instead)
     return list(paths)

@@ -15,8 +15,9 @@ from bapo_plugin.answers.prompts import Chat, FormerAnswer, held_out_answers, re
 from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.config import is_active
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
-from bapo_plugin.evaluation.output import print_table, write
+from bapo_plugin.evaluation.output import ELSEWHERE, print_table, write
 from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
+from bapo_plugin.files import must_be_writable
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
@@ -76,6 +77,10 @@ def evaluate(
     chats = read_prompts(prompts) if prompts and not prompts.isdigit() else None
     manager, names = find_tasks(tasks, data) if tasks or data else (None, [])
     subject = load_subject(config, folders, load_in_4bit, scales)
+    # an adapter that is scaled too has one folder
+    places = [output] if output else dict.fromkeys(a.folder for a in subject.adapters.values())
+    for place in places:
+        must_be_writable(place, ELSEWHERE)
     answers = _former_answers(
         subject, prompts, chats, max_new_tokens, required=not tasks and not probe
     )
@@ -117,11 +122,8 @@ def evaluate(
         found["samples"] = _samples(subject, answers + probed, retention, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
-    # an adapter that is scaled too has one folder
-    folders = [output] if output else dict.fromkeys(a.folder for a in subject.adapters.values())
-    paths = [path for folder in folders for path in write(found, folder)]
-    print_table(found)
-    return paths
+    print_table(found)  # it is there, whatever becomes of the files
+    return [path for place in places for path in write(found, place)]
 
 
 def _former_answers(

@@ -1,12 +1,13 @@
 """The report: one HTML file that needs no other, and its figures as PNG."""
 
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from bapo_plugin.files import whole
 from bapo_plugin.report import tables
 from bapo_plugin.report.figures import Figure, Style, describe, make_figures
 from bapo_plugin.report.plots import COLOURS, figure_png, panel_svg
@@ -111,18 +112,8 @@ def _swatch(style: Style) -> Markup:
 
 
 def _write_all(files: dict[Path, bytes]) -> None:
-    """All files or none: each is written under another name first."""
-    waiting: list[tuple[Path, Path]] = []
-    try:
+    """All files or none: each is written under another name first; the page, the first, is there last."""
+    with ExitStack() as stack:
         for path, content in files.items():
-            waiting.append((path.with_name(f".{path.name}.{os.getpid()}"), path))
-            waiting[-1][0].write_bytes(content)
-        while waiting:  # the page, the first, comes last
-            os.replace(*waiting[-1])
-            waiting.pop()
-    except OSError as error:
-        path = waiting[-1][1]
-        raise ValueError(f"{path}: can't be written ({error.strerror or error})") from None
-    finally:
-        for temporary, _ in waiting:
-            temporary.unlink(missing_ok=True)
+            partial = stack.enter_context(whole(path, "name another page with --output"))
+            partial.write_bytes(content)

@@ -11,10 +11,10 @@ import numpy as np
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
+from bapo_plugin.files import write_whole
 from bapo_plugin.rows.columns import IDS
 from bapo_plugin.rows.errors import report_rows
 from bapo_plugin.rows.tokens import READY
-from bapo_plugin.store import write_whole
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -111,7 +111,8 @@ class Faults:
             for row, problem in rows
         ]
         text = "\n".join(lines) + "\n"
-        write_whole(self.path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+        content = text.encode("utf-8", "backslashreplace")
+        write_whole(self.path, content, "name another dataset_prepared_path")
 
 
 def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str) -> Dataset:

@@ -9,14 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
 from bapo_plugin import __version__
+from bapo_plugin.files import whole, write_whole
 from bapo_plugin.runs import RECORD, STATE, without_secrets
-from bapo_plugin.store import write_whole
+from bapo_plugin.training.outputs import ELSEWHERE
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
+
+LOG = get_logger("axolotl." + __name__)
 
 
 class RunRecord(TrainerCallback):
@@ -29,8 +33,9 @@ class RunRecord(TrainerCallback):
         rows: split -> number of rows.
     """
 
-    # seconds between two writes of the log
+    # seconds between two writes of the log, and the most of all time that they may take: the log grows with the run
     EVERY = 10.0
+    SHARE = 0.01
 
     def __init__(self, config: Mapping[str, Any], model: str, rows: Mapping[str, int]):
         self.config = dict(config)
@@ -40,7 +45,7 @@ class RunRecord(TrainerCallback):
         self.finished = False
         #: between the first step and the end
         self.is_under_way = False
-        self._written = -math.inf
+        self._due = -math.inf
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.finished, self.is_under_way = False, True
@@ -60,26 +65,35 @@ class RunRecord(TrainerCallback):
             "finished": self.finished,
         }
         text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-        write_whole(Path(args.output_dir) / RECORD, text)
+        write_whole(Path(args.output_dir) / RECORD, text, ELSEWHERE)
 
     def on_log(self, args, state, control, **kwargs):
-        if time.monotonic() - self._written > self.EVERY:
+        if time.monotonic() > self._due:
             self._write(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.finished, self.is_under_way = True, False
         self._write(args, state)
-        self._write_record(args, state)
+        try:
+            self._write_record(args, state)
+        except ValueError as error:  # the adapter is still to be saved, and may find room
+            LOG.warning(f"{error}. `bapo report` will call this run unfinished")
 
     def _write(self, args: Any, state: Any) -> None:
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{STATE}.{os.getpid()}"
-        state.save_to_json(str(partial))
-        os.replace(partial, folder / STATE)
-        self._written = time.monotonic()
+        started = time.monotonic()
+        try:
+            with whole(Path(args.output_dir) / STATE, ELSEWHERE) as partial:
+                state.save_to_json(str(partial))
+        except (
+            ValueError
+        ) as error:  # a log is no reason to stop; a checkpoint that can't be saved is
+            LOG.warning(
+                f"{error}. Training goes on; what was logged until now is for `bapo report`"
+            )
+        now = time.monotonic()
+        self._due = now + max(self.EVERY, (now - started) / self.SHARE)
 
 
 def settings_of(trainer: "BAPOTrainer") -> dict[str, Any]:

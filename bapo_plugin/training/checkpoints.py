@@ -1,11 +1,16 @@
 """Which checkpoint a run goes on from: a process that is killed while it saves leaves one that is not whole."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from axolotl.utils.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bapo_plugin.files import writing
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -43,10 +48,33 @@ def whole_checkpoint(output_dir: str, wanted: str | bool | None) -> str | bool |
     )
 
 
-def begin_checkpoint(output_dir: str, step: int) -> None:
-    """What an earlier run left under this name is no longer whole."""
-    path = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE_NAME
-    path.unlink(missing_ok=True)
+@contextmanager
+def saving_checkpoint(output_dir: str, step: int, writes: bool) -> Iterator[None]:
+    """Inside, a checkpoint is written.
+
+    Args:
+        output_dir: of the run.
+        step: of the checkpoint.
+        writes: whether this process writes what all share; it removes what is left of a checkpoint that could not be
+            written to its end.
+
+    Raises:
+        ValueError: the disk is full, or the folder can't be written to.
+    """
+    folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    go_on = (
+        "name another output_dir; checkpoints take less with save_total_limit. With `auto_resume_from_checkpoints: true` the "
+        "same command then goes on at the last checkpoint"
+    )
+    with writing(folder, go_on):
+        if writes:  # what an earlier run left under this name is no longer whole
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            yield
+        except Exception:
+            if writes and not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _step(path: Path) -> int:

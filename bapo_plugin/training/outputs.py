@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from axolotl.utils.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from bapo_plugin.files import write_whole, writing
 from bapo_plugin.runs import how_far, without_secrets
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 LOG = get_logger("axolotl." + __name__)
 
+ELSEWHERE = "name another output_dir"
 _MEASURED = (
     ("rewards/accuracies", "pairs ranked right", "{:.0%}"),
     ("drift/chosen", "drift of the chosen response, nats", "{:+.2f}"),
@@ -41,6 +44,7 @@ def leave_base_model_out(trainer: "BAPOTrainer") -> None:
     if not is_peft_model(model):
         return
 
+    _save_whole(model)
     base = model.get_base_model()
     original = base.save_pretrained
 
@@ -57,6 +61,29 @@ def leave_base_model_out(trainer: "BAPOTrainer") -> None:
             )
 
     base.save_pretrained = save_pretrained
+
+
+def _save_whole(model: Any) -> None:
+    """Let an adapter be saved under another name first: a full disk leaves what was there before."""
+    original = model.save_pretrained
+
+    def save_pretrained(save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        partial = folder / f".saving.{os.getpid()}"
+        with writing(folder, ELSEWHERE):
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                if (folder / "README.md").is_file():  # PEFT goes on with it
+                    shutil.copy(folder / "README.md", partial)
+                original(partial, *args, **kwargs)
+                for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+                    target = folder / path.relative_to(partial)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(path, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    model.save_pretrained = save_pretrained
 
 
 def tell_what_is_overwritten(output_dir: str | os.PathLike, goes_on: bool) -> None:
@@ -121,7 +148,8 @@ def write_card(trainer: "BAPOTrainer", name: str | None) -> None:
         "",
     ]
     content = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
-    ModelCard(content, ignore_metadata_errors=True).save(folder / "README.md")
+    card = ModelCard(content, ignore_metadata_errors=True)
+    write_whole(folder / "README.md", str(card), ELSEWHERE)
 
 
 def _measured(trainer: "BAPOTrainer") -> list[str]:

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu, keep_log_probs_in_fp32
+from bapo_plugin.compat import (
+    garbage_of_training,
+    keep_4bit_trainable_on_cpu,
+    keep_log_probs_in_fp32,
+)
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.rows.columns import IDS
 from bapo_plugin.scoring.collator import (
@@ -33,7 +37,7 @@ from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import LateCollator, compute_dtype
 from bapo_plugin.training import adapters
 from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
-from bapo_plugin.training.checkpoints import begin_checkpoint, whole_checkpoint
+from bapo_plugin.training.checkpoints import saving_checkpoint, whole_checkpoint
 from bapo_plugin.training.keep import Keeper
 from bapo_plugin.training.layout import WhenSharded, choose_layout, tell_what_sharing_saves
 from bapo_plugin.training.metrics import RowMetrics, Throughput
@@ -321,7 +325,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if self.is_world_process_zero():
             tell_what_is_overwritten(self.args.output_dir, goes_on=bool(checkpoint))
         self.throughput.stop()
-        return super().train(checkpoint, *args, **kwargs)
+        with garbage_of_training():
+            return super().train(checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
@@ -383,9 +388,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         return metrics["loss"].mean(), None, None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.throughput.paused():
-            if self.args.should_save:
-                begin_checkpoint(self.args.output_dir, self.state.global_step)
+        where = (self.args.output_dir, self.state.global_step, self.args.should_save)
+        with self.throughput.paused(), saving_checkpoint(*where):
             super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
 from bapo_plugin import prepare
 from bapo_plugin.anchors.plan import usable
-from bapo_plugin.answers.engine import Answer, Request, Sampling
+from bapo_plugin.answers.engine import Answer, ModelChanged, Request, Sampling
 from bapo_plugin.answers.server import ServerEngine, ServerError
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.blocks import AnchorServerConfig
@@ -73,6 +73,7 @@ class Server:
         self.model = model or make_model(vocab_size=len(make_tokenizer()))
         self.tokenizer = make_tokenizer()
         self.faults, self.always, self.add_bos, self.pause = list(faults), always, add_bos, pause
+        self.name = None
         self.requests, self.headers = [], []
         self.now = self.most = 0
         self._lock = threading.Lock()
@@ -106,6 +107,19 @@ class Server:
                 self.done()
             elif fault == "garbage":
                 self.reply(request, 200, b"<html>not an API</html>")
+            elif fault == "trickle":  # each byte in time, the whole never
+                self.done()
+                request.send_response(200)
+                request.send_header("Content-Length", "1000")
+                request.end_headers()
+                for _ in range(20):
+                    request.wfile.write(b" ")
+                    time.sleep(0.2)
+            elif fault == "half":
+                self.reply(request, 200, b'{"choices": [', {"Content-Length": "1000"})
+                request.connection.shutdown(socket.SHUT_RDWR)
+            elif isinstance(fault, dict | list):
+                self.reply(request, 200, json.dumps(fault).encode())
             elif isinstance(fault, int):
                 self.reply(request, fault, b'{"error": "busy"}', {"Retry-After": "0.05"})
             else:
@@ -137,7 +151,8 @@ class Server:
         choice = {"text": text, "finish_reason": "stop" if ended else "length"}
         if body.get("return_token_ids") and self.takes == "ids":
             choice["token_ids"] = out
-        return 200, {"choices": [choice], "usage": usage}
+        named = {"model": self.name} if self.name else {}
+        return 200, {"choices": [choice], "usage": usage, **named}
 
     def done(self):
         """Before the answer: with it in hand the client may ask again at once."""
@@ -187,7 +202,7 @@ def test_server_gives_what_the_model_gives(folder, caplog, takes):
         assert "gives no token ids" in caplog.text
     assert f"{ROWS} generated" in caplog.text
     assert server.most == 3, "requests under way at a time"
-    assert len(server.requests) == TRIED[takes] + ROWS + 3  # the probe's
+    assert len(server.requests) == TRIED[takes] + ROWS + 3 + 3  # the probe's, before and after
     last = server.requests[-1]
     assert last["temperature"] == 0 and last["max_tokens"] == 8
     assert last["presence_penalty"] == last["frequency_penalty"] == 0
@@ -200,15 +215,35 @@ def test_server_gives_what_the_model_gives(folder, caplog, takes):
         assert not server.requests
 
 
+def choice(**values):
+    return {"choices": [{"text": "arr", "finish_reason": "stop"} | values]}
+
+
+# replies with HTTP 200 that hold no answer: reply, what is said of it
+NO_COMPLETIONS = [
+    ({"error": "overloaded"}, r'something that is not a completion: \{"error": "overloaded"'),
+    ([], "something that is not a completion"),
+    ({"choices": []}, "0 answers to one prompt"),
+    ({"choices": choice()["choices"] * 2}, "2 answers to one prompt"),
+    ({"choices": [None]}, "something that is not a completion"),
+    (choice(text=None), "an answer without text"),
+    (choice(text=7), "an answer without text"),
+    (choice(finish_reason="abort"), r"an answer that was broken off \(finish_reason: abort\)"),
+    (choice(token_ids=[5, 10**6]), "token ids from 5 to 1000000, and the tokenizer has"),
+    (choice(token_ids=[-1]), "token ids from -1 to -1"),
+]
+
+
 def test_a_server_that_misbehaves_is_asked_again(folder):
     expected = anchored(folder)
     faults = [None] * 6  # the forms that are tried, and the probe
-    faults += ["drop", 429, 500, "drop", 503, 429, "slow", 500, "garbage", 502]
-    with Server(faults=faults) as server:
+    ill = ["drop", 429, 500, "drop", 503, 429, "slow", 500, "garbage", 502, "half", "trickle"]
+    ill += [fault for fault, _ in NO_COMPLETIONS]
+    with Server(faults=faults + ill) as server:
         found = anchored(folder, server.url, concurrency=4, timeout=1)
     check_texts(found, expected)
     # each fault costs one more request; on a busy machine a sound one may run out of time too
-    assert not server.faults and len(server.requests) >= ROWS + 6 + 10
+    assert not server.faults and len(server.requests) >= ROWS + 6 + len(ill)
 
 
 def test_a_server_that_is_busy_at_first_still_gets_token_ids(folder):
@@ -222,7 +257,12 @@ def test_a_server_that_is_busy_at_first_still_gets_token_ids(folder):
     [
         (500, r"failed 3 times, last with HTTP 500: .*busy.*What was answered is kept"),
         ("drop", r"failed 3 times, last with RemoteProtocolError"),
-        ("garbage", r"failed 3 times"),
+        (
+            "garbage",
+            r"failed 3 times, last with no JSON .*not an API.*check bapo\.anchors\.server\.url",
+        ),
+        ("half", r"failed 3 times, last with RemoteProtocolError"),
+        *((fault, f"failed 3 times, last with {said}") for fault, said in NO_COMPLETIONS[::3]),
         (401, r"refused a request: HTTP 401.*Set the environment variable OPENAI_API_KEY"),
         (404, r"HTTP 404.*Check bapo\.anchors\.server\.url and the model's name there"),
     ],
@@ -231,6 +271,14 @@ def test_a_server_that_stays_ill(folder, fault, match):
     with Server(always=fault) as server, pytest.raises(ServerError, match=match):
         anchored(folder, server.url, retries=2, probe=False, concurrency=2)
     assert server.now == 0
+
+
+def test_an_answer_that_trickles_has_the_time_of_one_request(folder):
+    with (
+        Server(always="trickle") as server,
+        pytest.raises(ServerError, match=r"last with ReadTimeout: no whole answer within 0.5 s"),
+    ):
+        anchored(folder, server.url, retries=0, probe=False, timeout=0.5, concurrency=16)
 
 
 def test_what_was_answered_is_kept(folder):
@@ -260,19 +308,90 @@ def test_another_model_is_noticed(folder):
         assert part in str(error.value)
 
 
+def kept(folder):
+    with Store(folder / "prepared-server/bapo-anchors.sqlite") as store:
+        rows = store._db.execute("SELECT key, value FROM entries WHERE kind = 'anchor'")
+        return {key: json.loads(value)["ids"] for key, value in rows}
+
+
+def changing(server, after, **changes):
+    """The server is another one from its so-many-th request on."""
+    complete = server.complete
+
+    def answer(body):
+        if len(server.requests) > after:
+            for name, value in changes.items():
+                setattr(server, name, value)
+        return complete(body)
+
+    server.complete = answer
+    return server
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    monkeypatch.setattr(
+        ServerEngine, "batches", lambda self, requests: [requests[:4], requests[4:8], requests[8:]]
+    )
+
+
+def test_a_model_that_is_changed_midway_is_noticed(folder, short_parts):
+    """Under the same name: what was answered since the last comparison isn't kept."""
+    other = make_model(vocab_size=len(make_tokenizer()), seed=5)
+    # one form is tried; the probe has three; then parts of four, and three after each
+    with (
+        changing(Server(takes="ids"), after=1 + 3 + 4 + 3, model=other) as server,
+        pytest.raises(
+            ModelChanged, match=r"(?s)another model answers.*last 4 answers are not kept"
+        ),
+    ):
+        anchored(folder, server.url, concurrency=1)
+    found = kept(folder)
+    assert len(found) == 4
+    with Server(takes="ids") as server:
+        anchored(folder, server.url, probe=False)
+    assert found.items() < kept(folder).items() and len(kept(folder)) == ROWS
+
+
+def test_an_answer_that_is_rounded_otherwise_is_no_other_model(folder, monkeypatch):
+    with Server(takes="ids") as server:
+        engine, reference = engine_of(server)
+        requests = [request_of(text) for text in ("tell me about the sea", "why is the sky blue")]
+        engine.probe(requests, reference)
+        compared = []
+        monkeypatch.setattr(engine, "probe", lambda some, model: compared.extend(some))
+        engine.confirm()
+        assert not compared
+        engine._probed["tell me about the sea"] = (requests[0], Answer((5,), True))
+        engine.confirm()
+        assert compared == [requests[0]], "the reference model has decided"
+
+
+def test_a_model_that_is_changed_to_another_name_is_noticed(folder):
+    with (
+        changing(Server(takes="ids"), after=1 + 6, name="new") as server,
+        pytest.raises(ServerError, match="answered as old, and now as new: .*is kept; serve"),
+    ):
+        server.name = "old"
+        anchored(folder, server.url, probe=False, concurrency=1)
+    assert len(kept(folder)) == 6
+
+
+def engine_of(server, stop_ids=(2,)):
+    tokenizer, model = make_tokenizer(), make_model(vocab_size=len(make_tokenizer()))
+    server = AnchorServerConfig(url=server.url, retries=0)
+    engine = ServerEngine(tokenizer, server, Sampling(), "model", list(stop_ids))
+    return engine, TransformersEngine(lambda: model, list(stop_ids))
+
+
+def request_of(text, limit=8):
+    return Request(text, text, tuple(make_tokenizer()(text)["input_ids"]), limit)
+
+
 def probed(server, stop_ids=(2,), limit=8):
     """Probe a server that says what it likes."""
-    tokenizer, model = make_tokenizer(), make_model(vocab_size=len(make_tokenizer()))
-    engine = ServerEngine(
-        tokenizer,
-        AnchorServerConfig(url=server.url, retries=0),
-        Sampling(),
-        "model",
-        list(stop_ids),
-    )
-    ids = tuple(tokenizer("tell me about the sea")["input_ids"])
-    request = Request("0", "tell me about the sea", ids, limit)
-    reference = TransformersEngine(lambda: model, list(stop_ids))
+    engine, reference = engine_of(server, stop_ids)
+    request = request_of("tell me about the sea", limit)
     ((_, best),) = reference.generate([request], lambda n: None)
     engine.probe([request], reference)
     return best

@@ -237,7 +237,13 @@ def test_all_are_trained_in_turn_and_once(here, trained):
     result = run(here)
     assert done == [both] and "plain (1 of 2): trained already" in result.output
     done.clear()
-    assert run(here, "--only", "jack the 2nd").exit_code == 0 and done == [both[1:]]
+    assert run(here, "--only", "jack the 2nd").exit_code == 0 and done == [
+        both
+    ]  # the matrix is whole
+    (here / "out/plain/config.yml").write_text("changed: since\n")
+    result = run(here, "--only", "jack the 2nd")
+    assert result.exit_code == 0 and done == [both, both[1:]]
+    assert "plain is left out: plain is trained with another configuration" in result.output
     assert "--only: " in run(here, "--only", "jill").output
 
 

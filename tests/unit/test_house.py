@@ -10,7 +10,7 @@ import bapo_plugin
 ROOT = Path(bapo_plugin.__file__).parent
 # floors, from the ground up; a file imports from its own floor and from those below
 FLOORS = [
-    ["loss", "store", "compat", "last_word", "blocks", "runs", "trust", "versions"],
+    ["loss", "files", "store", "compat", "last_word", "blocks", "runs", "trust", "versions"],
     ["config", "network"],
     ["rows"],
     ["checks"],
@@ -23,7 +23,7 @@ FLOORS = [
     ["planning"],
     ["training"],
     ["evaluation", "commands", "report"],
-    ["plugin", "arguments", "cli", "__main__", "__init__"],
+    ["plugin", "cli", "__main__", "__init__"],
 ]
 LEVEL = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -132,7 +132,7 @@ def test_secrets_are_not_handed_on():
 
 
 def test_names_of_local_tasks_are_those_of_the_tasks():
-    from bapo_plugin.arguments import LOCAL_TASKS
+    from bapo_plugin.cli.arguments import LOCAL_TASKS
     from bapo_plugin.evaluation.local import LOCAL
 
     assert LOCAL_TASKS == {"paper", *LOCAL}

@@ -16,9 +16,10 @@ from tiny import make_model, make_tokenizer
 
 from bapo_plugin import runs, trust
 from bapo_plugin.checks import check_config
+from bapo_plugin.files import write_whole
 from bapo_plugin.network import stay_offline
 from bapo_plugin.preparation import _read, _save
-from bapo_plugin.store import Store, StoreDamaged, write_whole
+from bapo_plugin.store import Store, StoreDamaged
 from bapo_plugin.training.callbacks import RunRecord
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,10 @@ from bapo_plugin.commands.personas.train import (
     state_of,
     train_all,
 )
+from bapo_plugin.files import must_be_writable, write_whole
 from bapo_plugin.network import stay_offline
-from bapo_plugin.store import write_whole
+
+_ELSEWHERE = "name another output_dir"
 
 
 def personas(
@@ -39,7 +41,7 @@ def personas(
     Args:
         config: YAML that all personas begin with.
         file: YAML with name -> what differs.
-        only: names; by default all.
+        only: names of those to train; by default all. The matrix has the others too where they are trained.
         only_list: write the YAMLs, print the commands, run nothing.
         only_matrix: measure what is trained.
         launcher: of `axolotl train`; None leaves it to axolotl.
@@ -51,15 +53,15 @@ def personas(
         ValueError: a file, a name or a configuration can't be used, or a configuration isn't the one that its adapter
             was trained with.
     """
-    found = read_personas(config, file)
-    if unknown := [name for name in only if name not in {p.name for p in found}]:
+    everybody = read_personas(config, file)
+    if unknown := [name for name in only if name not in {p.name for p in everybody}]:
         raise ValueError(
-            f"--only: {file} has no persona {', '.join(unknown)}; it has {', '.join(p.name for p in found)}"
+            f"--only: {file} has no persona {', '.join(unknown)}; it has {', '.join(p.name for p in everybody)}"
         )
-    found = [p for p in found if not only or p.name in only]
+    found = [p for p in everybody if not only or p.name in only]
     todo = [p for p in found if not is_trained(p)]
     for persona in todo if not only_matrix else ():
-        write_whole(persona.path, _text(persona, config, file))
+        write_whole(persona.path, _text(persona, config, file), _ELSEWHERE)
     # the same command again, for messages
     again = shlex.join(["bapo", "personas", str(config), str(file)])
     again += "".join(f" --only {shlex.quote(name)}" for name in only)
@@ -75,22 +77,31 @@ def personas(
     if only_matrix:
         for persona in todo:
             typer.echo(f"{persona.name} is left out: {state_of(persona)}")
-        found = [p for p in found if p not in todo]
-        if not found:
+        if len(todo) == len(found):
             raise ValueError(f"--matrix: none is trained; train first: {again}")
-    stay_offline([p.path for p in found])
+    stay_offline([p.path for p in found if not only_matrix or p not in todo])
     if not only_matrix:
         again += f" --launcher {launcher}" if launcher else ""
         if code := train_all(found, todo, launcher, again):
             return code
+        todo = []
     try:
-        _measure(found, config)
+        _measure([p for p in everybody if p not in todo and (p in found or _joins(p))], config)
     except KeyboardInterrupt:
         typer.echo(
             f"\nInterrupted. All are trained; this measures again: {again} --matrix", err=True
         )
         return INTERRUPTED
     return 0
+
+
+def _joins(persona: Persona) -> bool:
+    """Whether one that `--only` doesn't name is measured too: else the matrix of some would replace that of all."""
+    try:
+        return is_trained(persona)
+    except ValueError as error:
+        typer.echo(f"{persona.name} is left out: {error}")
+        return False
 
 
 def _text(persona: Persona, config: Path, file: Path) -> str:
@@ -104,11 +115,12 @@ def _measure(found: list[Persona], config: Path) -> None:
     from bapo_plugin.evaluation.matrix import measure_personas, print_matrix, write_matrix
     from bapo_plugin.report.heatmap import heatmap_png
 
-    result = measure_personas({p.name: p.path for p in found}, [p.folder for p in found])
     folder = Path(read_yaml(config)["output_dir"])
+    must_be_writable(folder, _ELSEWHERE)
+    result = measure_personas({p.name: p.path for p in found}, [p.folder for p in found])
+    print_matrix(result)  # it is there, whatever becomes of the files
     paths = write_matrix(result, folder)
     picture = folder / f"{paths[0].stem}.png"
-    picture.write_bytes(heatmap_png(result))
-    print_matrix(result)
+    write_whole(picture, heatmap_png(result), _ELSEWHERE)
     for path in (*paths, picture):
         typer.echo(f"Wrote {path}")

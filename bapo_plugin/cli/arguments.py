@@ -1,4 +1,4 @@
-"""What the subcommands of `bapo` share: arguments, errors, what goes to stdout."""
+"""What the commands of `bapo` share: arguments, errors, what goes to stdout."""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from bapo_plugin.files import of_the_disk
 from bapo_plugin.runs import hide
 from bapo_plugin.versions import too_old
 
@@ -114,7 +115,7 @@ Personas = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="NAME", help="This persona only; several by repeating."),
+    typer.Option("--only", metavar="NAME", help="Train this persona only; several by repeating."),
 ]
 OnlyList = Annotated[
     bool,
@@ -128,6 +129,25 @@ OnlyMatrix = Annotated[
     bool, typer.Option("--matrix", help="Train nothing; measure those that are trained.")
 ]
 Launcher = Annotated[str | None, typer.Option(help="Of `axolotl train`. Default: axolotl's own.")]
+
+
+@contextmanager
+def errors_in_a_line(interrupted: str = "Interrupted.") -> Iterator[None]:
+    """An error that a user can mend ends the command with one text and exit code 2, Ctrl-C with `interrupted` and 130.
+
+    So does a full disk or a folder that can't be written to, whoever met it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        if (text := of_the_disk(error)) is None:
+            raise
+        fail(text)
+    except KeyboardInterrupt:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

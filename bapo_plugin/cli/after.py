@@ -1,0 +1,139 @@
+"""Commands after training."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bapo_plugin.cli.app import app
+from bapo_plugin.cli.arguments import (
+    LOCAL_TASKS,
+    AsJson,
+    EvalData,
+    EvalProbe,
+    EvalPrompts,
+    EvalScale,
+    EvalTargets,
+    EvalTasks,
+    LoadIn4Bit,
+    errors_in_a_line,
+    must_exist,
+    others_to_stderr,
+)
+from bapo_plugin.network import stay_offline
+
+
+@app.command("eval", rich_help_panel="After training")
+def evaluate(
+    targets: EvalTargets,
+    prompts: EvalPrompts = None,
+    probe: EvalProbe = None,
+    tasks: EvalTasks = None,
+    data: EvalData = None,
+    scale: EvalScale = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many questions of each task.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer to a prompt.", min=1)
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(help="For tasks.", min=1)] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask tasks through the chat template.")
+    ] = False,
+    load_in_4bit: LoadIn4Bit = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the results. Default: each adapter's own."),
+    ] = None,
+) -> None:
+    """What training has changed: the model's former answers and knowledge, before and after.
+
+    TARGETS: the YAML of a run, whose adapter is the one in its output_dir, or folders of
+    adapters of one base model, which get a column each, or both.
+
+    Loads the model once, quantised as in training; with its adapter off it is the one before.
+    Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
+    and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
+    are files.
+    """
+    must_exist(*targets)
+    names = [name for text in tasks or () for name in text.split(",") if name]
+    if not names or (data and set(names) <= LOCAL_TASKS):
+        stay_offline(targets)
+    from bapo_plugin.evaluation.run import evaluate
+    from bapo_plugin.evaluation.scaled import read_scales
+
+    with errors_in_a_line():
+        paths = evaluate(
+            targets,
+            prompts=prompts,
+            tasks=names,
+            data=data,
+            scales=read_scales(scale or ()),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat=chat,
+            load_in_4bit=load_in_4bit,
+            output=output,
+            probe=probe,
+        )
+    for path in paths:
+        typer.echo(f"Wrote {path}")
+
+
+@app.command(rich_help_panel="After training")
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="output_dir of runs, of BAPO, DPO or other, finished or going on."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page; figures go beside it as PNG.")
+    ] = Path("report.html"),
+) -> None:
+    """Show what runs did: one self-contained page with drift, loss, rewards, retention and settings.
+
+    RUNS: the output_dir of each run, of BAPO, DPO or other, finished or going on. What `bapo
+    eval` has written there is shown too.
+    """
+    must_exist(*runs)
+    from bapo_plugin.report import write_report
+
+    with errors_in_a_line():
+        paths = write_report(runs, output)
+    for path in paths:
+        typer.echo(f"Wrote {path}")
+
+
+@app.command(rich_help_panel="After training")
+def chat(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a run or its YAML, or several folders of adapters of one base model."
+        ),
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Ask this and end; several by repeating."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    load_in_4bit: LoadIn4Bit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to the model before and after training, side by side.
+
+    TARGETS: the folder that a run has written, or its YAML. The model is loaded as in training, on a
+    CPU and in 4 bits too, and answers twice, with its adapter off and on.
+
+    A file of prompts, one a line: bapo chat outputs/bapo < prompts.txt
+    """
+    must_exist(*targets)
+    stay_offline(targets)
+    with errors_in_a_line():
+        with others_to_stderr(as_json) as out:  # axolotl's log takes stdout when it is imported
+            from bapo_plugin.commands.chat import chat
+
+            chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)

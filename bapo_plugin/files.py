@@ -1,0 +1,151 @@
+"""Files are written as a whole or not at all, and what keeps one from being written is said with its remedy."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# libraries that are not written in Python raise errors of their own, with the system's words in them
+_WORDS = {os.strerror(number): number for number in (*_FULL, *_CLOSED, *_NO_LOCKS)}
+# what torch.save says where a write fails, whatever the reason was
+_TORCH = ("PytorchStreamWriter failed", "inline_container.cc")
+
+
+def write_whole(path: Path, content: str | bytes, instead: str) -> None:
+    """Write a file as a whole or not at all; its folder is made.
+
+    Args:
+        path: of the file.
+        content: text is written as UTF-8.
+        instead: what the user may do to have it written elsewhere, "name another output_dir".
+
+    Raises:
+        ValueError: it can't be written; what was there before is still there.
+    """
+    with whole(path, instead) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole(path: Path, instead: str) -> Iterator[Path]:
+    """Gives another name in the same folder; what is written there becomes the file at the end, and nothing is left
+    of it after an error.
+
+    Args:
+        path, instead: see `write_whole`.
+
+    Raises:
+        ValueError: it can't be written.
+    """
+    with writing(path, instead):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}")
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, instead: str) -> Iterator[None]:
+    """Inside, an error that says that a disk is full or a folder can't be written to becomes a message.
+
+    Args:
+        path: the file or folder that is written.
+        instead: see `write_whole`.
+
+    Raises:
+        ValueError: the message: path, reason and remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise ValueError(cannot_write(path, number, instead)) from error
+
+
+def cannot_write(path: Path, number: int | None, instead: str) -> str:
+    """A sentence with the reason and one with the remedy.
+
+    Args:
+        path, instead: see `writing`.
+        number: of the system's error; 0 where it isn't known.
+    """
+    reason = os.strerror(number).lower() if number else "the disk may be full"
+    if number in _CLOSED:
+        folder = path if path.is_dir() else path.parent
+        remedy = f"Make {folder} writable, or {instead}"
+    elif number in _NO_LOCKS:
+        remedy = f"The file system there has no locks, as some network folders; {instead}, on a local disk"
+    else:
+        remedy = f"Free space there ({_free(path)}), or {instead}"
+    return f"{path} can't be written: {reason}. {remedy}"
+
+
+def of_the_disk(error: BaseException) -> str | None:
+    """The message for an error that nobody has seen coming, from a library that writes somewhere; None where it is
+    another error."""
+    if not isinstance(error, OSError) or error.errno not in (*_FULL, *_CLOSED):
+        return None
+    if isinstance(error.filename, str | bytes):
+        path = Path(os.fsdecode(error.filename)).absolute()
+        kept = "What was finished is kept"
+        if error.errno in (errno.EACCES, errno.EPERM):  # it may have been read
+            reason = os.strerror(error.errno).lower()
+            return f"{path} can't be opened: {reason}. Mend the permissions, or name another place. {kept}"
+        return f"{cannot_write(path, error.errno, 'let it lie elsewhere')}. {kept}"
+    if error.errno not in _FULL:
+        return None
+    places = [Path.cwd(), Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()]
+    places.append(Path(tempfile.gettempdir()))
+    free = "; ".join(dict.fromkeys(f"{place}: {_free(place)}" for place in places))
+    return (
+        f"a disk is full: {os.strerror(error.errno).lower()}. Free space ({free}), or let output_dir, dataset_prepared_path, "
+        "HF_HOME and TMPDIR lie elsewhere, and start again. What was finished is kept"
+    )
+
+
+def must_be_writable(folder: Path, instead: str) -> None:
+    """Try it, before the work whose result is to be written there. The folder is made.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    probe = folder / f".bapo-writable.{os.getpid()}"
+    with writing(folder, instead):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of a failed write; 0 where a library doesn't say; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _WORDS.values() else None
+    if isinstance(error, ValueError):  # a message already; who is outside knows better what is done
+        cause = error.__cause__
+        return _number(cause) if isinstance(cause, Exception) else None
+    text = str(error)
+    for words, number in _WORDS.items():
+        if words in text:
+            return number
+    return 0 if any(words in text for words in _TORCH) else None
+
+
+def _free(path: Path) -> str:
+    """How much is free on the disk of a path that may not be there yet."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return f"{shutil.disk_usage(path).free / 2**20:,.0f} MiB are free"
+    except OSError:
+        return "it can't be told how much is free"

@@ -233,7 +233,7 @@ def test_checksums_are_against_damage_and_not_against_malice(tmp_path):
 def test_files_have_the_permissions_that_the_user_chose(tmp_path, mask):
     before = os.umask(mask)
     try:
-        write_whole(tmp_path / "folder/text.json", "{}")
+        write_whole(tmp_path / "folder/text.json", "{}", "name another folder")
         with Store(tmp_path / "cache/store.sqlite") as store:
             store.put("kind", {"key": b"value"})
         _save(Dataset.from_dict({"a": [1]}), tmp_path / "rows")

@@ -1,5 +1,6 @@
 """A run of thousands of steps costs at its end what it costs at its beginning: memory, handles, threads, time."""
 
+import gc
 import os
 import statistics
 import sys
@@ -32,6 +33,21 @@ class Watch(TrainerCallback):
         self.memory.append(self._process.memory_info().rss)
         self.files.append(len(os.listdir("/proc/self/fd")))
         self.threads.append(threading.active_count())
+
+
+def test_garbage_is_collected_from_what_training_made(tmp_path):
+    """axolotl collects after each micro-batch, which takes longer than a small model's step with all that is imported."""
+    trainer = bapo_trainer(tmp_path, rows=make_rows(8))
+    frozen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            frozen.append((gc.get_freeze_count(), len(gc.get_objects())))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert gc.get_freeze_count() == 0
+    assert all(kept > 10 * looked_at for kept, looked_at in frozen) and len(frozen) == 2
 
 
 def size_of(log):

@@ -1,6 +1,7 @@
 # make demo    train a small real model with DPO and with BAPO, on a CPU, and compare them
 # make test    the tests that take minutes     make test-all   also the slow ones
 # make lint    ruff                            make bench      the benchmarks
+# make docs    the documents as a site in build/site
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -18,7 +19,7 @@ BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-deepspeed test-gpu lint format bench
+.PHONY: help install model demo test test-all test-deepspeed test-gpu lint format docs bench
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
@@ -53,6 +54,12 @@ lint: install
 format: install
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+# needs neither axolotl nor torch
+docs:
+	@.ci/install-docs "$(VENV)"
+	@python3 .ci/build-docs "$(VENV)-docs/bin/mkdocs"
+	@echo "Open build/site/index.html"
 
 bench: model
 	@$(RUN) python benchmarks/kernel.py

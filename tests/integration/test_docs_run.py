@@ -4,7 +4,6 @@ Names of models on a hub become the tiny one. Where a block can't run, a comment
 """
 
 import ast
-import io
 import json
 import re
 import shlex

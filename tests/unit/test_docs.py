@@ -1,5 +1,6 @@
 """Documents say what is so: options are current, links lead somewhere, commands and YAML blocks are real."""
 
+import ast
 import re
 import shlex
 import sys
@@ -7,7 +8,9 @@ import sys
 import pytest
 import typer
 import yaml
+from axolotl.utils.schemas.enums import RLType
 from documents import PAGES, ROOT, blocks, without_blocks
+from pydantic import TypeAdapter, ValidationError
 
 from bapo_plugin.cli import app
 from bapo_plugin.config import parse_block
@@ -54,6 +57,29 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted({*listed})
     assert {*listed} >= {str(path.relative_to(ROOT)) for path in PAGES}
     assert all((ROOT / page).is_file() for page in listed)
+
+
+def texts():
+    """All texts in our code, pieces that are put in as a NUL."""
+    for path in (ROOT / "bapo_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                yield "".join(map(str, parts))
+
+
+def test_errors_are_quoted_as_they_are_printed():
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"\*\*`(.+?)`\*\*", page)
+    assert len(quoted) > 10
+    with pytest.raises(ValidationError) as of_axolotl:
+        TypeAdapter(RLType).validate_python("bapo")
+    ours = [*texts(), of_axolotl.value.errors()[0]["msg"]]
+    for quote in quoted:
+        parts = [part.strip() for part in quote.split("...")]
+        assert any(all(part in text for part in parts) for text in ours), quote
 
 
 def test_options_are_those_of_the_code(monkeypatch):

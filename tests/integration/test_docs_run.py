@@ -23,8 +23,11 @@ from typer.testing import CliRunner
 from bapo_plugin.cli import app
 from bapo_plugin.config import parse_block
 
-# what a reader has and this machine hasn't
-STAND_INS = {"Qwen/Qwen3-1.7B": "model"}
+# what a reader has and this machine hasn't: a model of a hub, a GPU
+STAND_INS = {
+    "Qwen/Qwen3-1.7B": "model",
+    "AxolotlDPOConfig(": "AxolotlDPOConfig(use_cpu=True, bf16=False, report_to=[], ",
+}
 ON_A_CPU = {
     "load_in_4bit": False,
     "adapter": "lora",

@@ -82,6 +82,21 @@ def test_errors_are_quoted_as_they_are_printed():
         assert any(all(part in text for part in parts) for text in ours), quote
 
 
+def test_pictures_are_drawn_from_recorded_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pictures
+
+    found = pictures.pictures()
+    sys.modules.pop("pictures")
+    assert {path.stem for path in pictures.FOLDER.glob("*.png")} == set(found)
+    for name, png in found.items():
+        assert png.startswith(b"\x89PNG") and len(png) < 60_000
+        assert f"pictures/{name}.png" in (ROOT / "docs/metrics.md").read_text("utf-8")
+        # the same picture, but for how a version of matplotlib draws
+        kept = (pictures.FOLDER / f"{name}.png").read_bytes()
+        assert kept[16:24] == png[16:24], "run `python docs/pictures.py`"
+
+
 def test_options_are_those_of_the_code(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import options

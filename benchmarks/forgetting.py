@@ -81,7 +81,6 @@ METHODS: dict[str, dict] = {
     "BAPO token hinge 0.03": {"anchor_weight": 0.03},
     "BAPO token hinge 0.05": {"anchor_weight": 0.05},
     "BAPO token hinge 0.1": {"anchor_weight": 0.1},
-    "BAPO token hinge 1": {"anchor_weight": 1.0},
     "BAPO token absolute 0.05": {"anchor_loss": "absolute", "anchor_weight": 0.05},
     "BAPO hinge 0.03": {"anchor_level": "response", "anchor_weight": 0.03},
     "BAPO hinge 0.1": {"anchor_level": "response", "anchor_weight": 0.1},

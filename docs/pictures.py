@@ -16,7 +16,11 @@ FOLDER = Path(__file__).parent / "pictures"
 CASES = {
     "healthy": ("Healthy: BAPO, λ = 0.05", "forgetting-24-cpu.json", "BAPO token hinge 0.05"),
     "forgets": ("Forgets: DPO", "forgetting-24-cpu.json", "DPO"),
-    "tight": ("Held too tightly: BAPO, λ = 1", "forgetting-tight-cpu.json", "BAPO token hinge 1"),
+    "tight": (
+        "Held too tightly: BAPO, anchor_loss: nll, λ = 0.1",
+        "forgetting-24-cpu.json",
+        "BAPO nll 0.1",
+    ),
 }
 
 

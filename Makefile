@@ -3,6 +3,7 @@
 # make lint    ruff                            make bench      the benchmarks
 # make audit   bandit over the code, pip-audit over the locks (asks PyPI)
 # make test-versions     the quick tests with each supported axolotl: 0.19, 0.20, 0.21
+# make docs    the documents as a site in build/site
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -20,9 +21,9 @@ BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu lint audit format bench
+.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu lint audit format docs bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 install:
 	@.ci/install "$(VENV)"
@@ -61,6 +62,12 @@ audit:
 format: install
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+# needs neither axolotl nor torch
+docs:
+	@.ci/install-docs "$(VENV)"
+	@python3 .ci/build-docs "$(VENV)-docs/bin/mkdocs"
+	@echo "Open build/site/index.html"
 
 bench: model
 	@$(RUN) python benchmarks/kernel.py

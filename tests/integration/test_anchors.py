@@ -425,14 +425,14 @@ def test_stop_must_be_one_token(folder):
         anchored(config(folder, {"stop": ["sea and sun"]}))
 
 
-def test_the_readmes_yaml_with_a_tiny_qwen3(tmp_path, monkeypatch):
+def test_the_minimal_yaml_with_a_tiny_qwen3(tmp_path, monkeypatch):
     """As written there, but for what a CPU can't do: prompts end in an open thought, and all three responses go on."""
     import re
 
     import yaml
 
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "yaml_examples/README.md").read_text("utf-8")
     written = yaml.safe_load(
         re.search(r"## A minimal YAML\n\n```yaml\n(.*?)```", text, re.DOTALL)[1]
     )

@@ -41,6 +41,7 @@ def metrics(step: int, base: float) -> dict:
         "drift/base": base * step / 20,
         "drift/rejected": -2.0 * step,
         "anchor/active": 0.5,
+        "anchor/lost": 0.02,
     }
 
 
@@ -145,6 +146,14 @@ def test_page_and_figures(two, tmp_path):
     assert places == sorted(places)
     assert "lowest in dpo (−30.0 nats) and highest in bapo (−0.500 nats)" in text
     assert "drift −7.50 nats" in text
+    assert "Lost by tokens nats a token" in text
+
+
+def test_print_unfolds_what_is_folded(two, tmp_path):
+    page = Page(write_report(two, tmp_path / "r.html")[0])
+    assert page.all("details")
+    in_print = page.source.split("@media print")[1]
+    assert "details::details-content { content-visibility: visible" in in_print
 
 
 def test_same_runs_same_bytes(two, tmp_path):

@@ -58,6 +58,8 @@ def evaluate(
     Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
     and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
     are files.
+
+    For `bapo compare`, both in one call: bapo eval outputs/bapo outputs/dpo --scale 0.25,0.5,0.75
     """
     must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]

@@ -31,7 +31,7 @@ def train(folder, name, weight):
     rows, held_out = prepare_rows(cfg, tokenizer)
     trainer = BAPOTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "model"),
-        args=training_args(folder / name, max_steps=6),
+        args=training_args(folder / name, max_steps=4),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=fresh_lora(),

@@ -112,6 +112,7 @@ def evaluate(
             "limit": limit,
             "chat": chat,
             "max_new_tokens": max_new_tokens,
+            "load_in_4bit": load_in_4bit,
         },
         "adapters": {name: str(adapter.folder) for name, adapter in subject.adapters.items()},
         "weights": {name: weights_digest(a.folder) for name, a in subject.adapters.items()},
@@ -131,29 +132,10 @@ def evaluate(
         held_out = _evenly(list(rows.select_columns(list(COLUMNS))), count)
         found["pairs"] = recorded_pairs(held_out, pair_margins(subject, {"": held_out})[""])
     if answers or probed:
-        retention = measure_retention(subject, answers + probed)
-        worst = torch.stack([result.drift for result in retention.values()]).min(0).values
-        shown = worst.argsort(stable=True)[:_SAMPLES].tolist()
-        # base responses of held-out rows are of any length, and many: those to be read are enough
-        start = 0 if chats is not None else len(answers)
-        whole = range(start, len(answers) + len(probed))
-        after = _answers_after(subject, answers + probed, whole, shown, max_new_tokens)
-        sets = (
-            ("retention", answers, range(len(answers))),
-            ("probe", probed, range(len(answers), len(answers) + len(probed))),
-        )
-        for name, asked, own in sets:
-            if asked:
-                found[name] = recorded_answers(
-                    asked,
-                    {n: r.part(slice(own.start, own.stop)) for n, r in retention.items()},
-                    {
-                        adapter: [ids[i] for i in own]
-                        for adapter, ids in after.items()
-                        if all(i in ids for i in own)
-                    },
-                )
-        found["samples"] = _samples(subject, answers + probed, retention, after, shown)
+        sets = {"retention": answers, "probe": probed}
+        # base responses of held-out rows are of any length, and many: repetition is of what is asked anew
+        anew = ("probe",) if chats is None else ("retention", "probe")
+        found |= _measure_answers(subject, sets, anew, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
     # an adapter that is scaled too has one folder
@@ -230,6 +212,42 @@ def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict
             device=subject.model.device,
             on_answers=bar.update,
         )
+
+
+def _measure_answers(
+    subject: Subject,
+    sets: Mapping[str, list[FormerAnswer]],
+    anew: Sequence[str],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Former answers as `recorded_answers` says them, by set, and samples to be read.
+
+    Args:
+        sets: name of a set -> former answers; empty sets are left out.
+        anew: sets whose prompts each adapter answers too, to measure repetition.
+        max_new_tokens: of an adapter's answer.
+    """
+    answers = [answer for own in sets.values() for answer in own]
+    places, start = {}, 0
+    for name, own in sets.items():
+        if own:
+            places[name] = range(start, start + len(own))
+        start += len(own)
+    retention = measure_retention(subject, answers)
+    worst = torch.stack([result.drift for result in retention.values()]).min(0).values
+    shown = worst.argsort(stable=True)[:_SAMPLES].tolist()
+    whole = [i for name, own in places.items() if name in anew for i in own]
+    after = _answers_after(subject, answers, whole, shown, max_new_tokens)
+    asked = [name for name, adapter in subject.adapters.items() if adapter.scale is None]
+    found: dict[str, Any] = {
+        name: recorded_answers(
+            sets[name],
+            {a: kept.part(slice(own.start, own.stop)) for a, kept in retention.items()},
+            {a: [after[a][i] for i in own] for a in asked} if name in anew else {},
+        )
+        for name, own in places.items()
+    }
+    return found | {"samples": _samples(subject, answers, retention, after, shown)}
 
 
 def _answers_after(

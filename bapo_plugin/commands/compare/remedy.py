@@ -50,6 +50,8 @@ def eval_command(
     if limits := [a["max_new_tokens"] for a in asked if a.get("max_new_tokens")]:
         if max(limits) != 64:
             words += ["--max-new-tokens", str(max(limits))]
+    if kinds := {a["load_in_4bit"] for a in asked if a.get("load_in_4bit") is not None}:
+        words.append("--load-in-4bit" if True in kinds else "--no-load-in-4bit")
     scales = {*scales, *(s for r in results for s in (r.found.get("scales") or {}).values())}
     if scales:
         words += ["--scale", ",".join(f"{s:g}" for s in sorted(scales))]

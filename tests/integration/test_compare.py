@@ -213,6 +213,10 @@ def nothing_in_common(found):
     found |= {"pairs": None, "probe": None, "retention": None}
 
 
+def elsewhere(found):
+    found["adapters"] = {name: f"elsewhere/{name}/it" for name in found["adapters"]}
+
+
 AGAIN = "This measures both on the same: bapo eval "
 
 
@@ -229,7 +233,7 @@ AGAIN = "This measures both on the same: bapo eval "
         (no_name, ["is damaged", AGAIN]),
         (nothing_in_common, ["no measurement in common", AGAIN]),
         (lambda found: found.update(format=2), ["format 2"]),
-        (lambda found: found.update(adapters={"x": "x", "y": "y"}), ["2 adapters", "bapo:x or "]),
+        (elsewhere, ["has 2 adapters", "bapo:dpo or "]),
     ],
 )  # fmt: skip
 def test_what_was_not_measured_on_the_same_is_refused(copies, change, messages):

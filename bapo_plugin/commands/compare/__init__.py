@@ -1,6 +1,7 @@
 """What `bapo compare` does: which of two runs is better, from what `bapo eval` has written of them. No model is loaded.
 
-results.py    a bapo-eval.json, and whether two were measured on the same
+file.py       what is read of a bapo-eval.json
+results.py    one adapter's results, and whether two were measured on the same
 measures.py   differences with paired errors, as they are and at equal margin and accuracy
 remedy.py     the `bapo eval` command that makes two runs comparable
 words.py      what the numbers say, in sentences
@@ -11,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TextIO
 
+from bapo_plugin.commands.compare.file import PARTS, NotMeasured
 from bapo_plugin.commands.compare.measures import (
     Level,
     Measure,
@@ -21,12 +23,11 @@ from bapo_plugin.commands.compare.measures import (
 )
 from bapo_plugin.commands.compare.remedy import SCALES, eval_command
 from bapo_plugin.commands.compare.results import (
-    PARTS,
-    NotMeasured,
     Result,
     others,
     read_result,
     split_target,
+    start_from_different_models,
 )
 from bapo_plugin.commands.compare.shown import Comparison, print_comparison, print_settings
 from bapo_plugin.commands.compare.shown import write_json as write_json
@@ -35,6 +36,7 @@ from bapo_plugin.report.tables import differences
 
 NAMES = ("A", "B")
 BELOW = 1  # exit code
+_ROUNDING = 1e-9
 # where a run lies, which differs between any two
 _PLACES = ("output_dir", "dataset_prepared_path", "axolotl_config_path")
 _DATA = ("datasets", "test_datasets", "val_set_size", "seed", "shuffle_merged_datasets", "rows.")
@@ -132,7 +134,8 @@ def _below(measures: Sequence[Measure], least: dict[str, float]) -> list[str]:
         raise ValueError(
             f"--fail-below: {', '.join(unknown)} isn't measured here; what is: {', '.join(gains)}"
         )
-    return [name for name, value in least.items() if gains[name] < value]
+    # 0.98 is two points less than 1, up to rounding
+    return [name for name, value in least.items() if gains[name] < value - _ROUNDING]
 
 
 def _same(found: Sequence[Result | NotMeasured]) -> bool:
@@ -150,13 +153,14 @@ def _comparable(found: Sequence[Result | NotMeasured], folders: Sequence) -> tup
     command = eval_command(folders, results)
     if not reasons:
         a, b = results
-        reasons = others(a, b)
-        if a.found["model"] != b.found["model"] and reasons:
+        if start_from_different_models(a, b):
             raise NotMeasured(
-                f"{reasons[0]}. No command makes that comparable; tasks of lm-eval, run on each, are"
+                f"A was trained from {a.found.model}, B from {b.found.model}: what each has forgotten is its own model's. No command "
+                "makes that comparable; tasks of lm-eval, run on each, are"
             )
-        if not reasons and not any(a.found[part] and b.found[part] for part in (*PARTS, "tasks")):
-            reasons = ["A and B have no measurement in common"]
+        reasons = list(others(a, b))
+        if not any(a.has(part) and b.has(part) for part in PARTS) and not a.task_keys & b.task_keys:
+            reasons.append("A and B have no measurement in common")
     if reasons:
         raise NotMeasured(
             f"A and B can't be compared. {'. '.join(reasons)}. This measures both on the same: {command}"
@@ -171,7 +175,7 @@ def _notes(a: Result, b: Result, differing: Sequence[str], levels: Sequence[Leve
     folders = [a.folder, b.folder]
     command = eval_command(folders, [a, b])
     for part, of in PARTS.items():
-        has = [bool(result.found[part]) for result in (a, b)]
+        has = [result.has(part) for result in (a, b)]
         if all(has) or (part == "retention" and not any(has)):
             continue
         whose = f"only {NAMES[has.index(True)]} was measured" if any(has) else "none was measured"
@@ -181,21 +185,24 @@ def _notes(a: Result, b: Result, differing: Sequence[str], levels: Sequence[Leve
         else:
             mends = command
         notes.append(f"{of.capitalize()} are missing: {whose}.\n{mends}")
-    keys = [{f"{e['task']}.{e['metric']}" for e in r.found["tasks"]} for r in (a, b)]
-    if alone := sorted(keys[0] ^ keys[1]):
+    if alone := sorted(a.task_keys ^ b.task_keys):
         notes.append(f"Only one has been asked {', '.join(alone)}.\n{command}")
-    if not (has_curve(a) and has_curve(b)) and a.found["pairs"] and b.found["pairs"]:
+    if not (has_curve(a) and has_curve(b)) and a.has("pairs") and b.has("pairs"):
         scaled = eval_command(folders, [a, b], scales=SCALES)
         notes.append(f"For forgetting at equal margin and accuracy:\n{scaled}")
     notes += [note for level in levels if level.of == "margin" for note in _too_weak(a, b, level)]
-    if a.found["pairs"] and b.found["pairs"] and any(key.startswith(_DATA) for key in differing):
+    if a.has("pairs") and b.has("pairs") and any(key.startswith(_DATA) for key in differing):
         notes.append(
             "The runs' data differ: a held-out pair of one may have been in the other's training, which flatters that one. "
             "Where that may be, hold the same rows out of both (test_datasets)."
         )
-    if all(r.found.get("weights", {}).get(r.name) for r in (a, b)):
-        if a.found["weights"][a.name] == b.found["weights"][b.name]:
-            notes.append("A and B have the very same weights.")
+    weights = [result.found.weights.get(result.name) for result in (a, b)]
+    if (
+        weights[0]
+        and weights[0] == weights[1]
+        and {a.name, b.name}.isdisjoint({*a.found.scales, *b.found.scales})
+    ):
+        notes.append("A and B have the very same weights.")
     return notes
 
 

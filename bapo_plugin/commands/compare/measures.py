@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from bapo_plugin.commands.compare.results import PARTS, Columns, Result, shared_tasks
+from bapo_plugin.commands.compare.file import PARTS
+from bapo_plugin.commands.compare.results import Columns, Result, shared_tasks
 
 DRAWS = 1000
 
@@ -91,9 +92,9 @@ def taste_and_forgetting(a: Result, b: Result) -> list[Measure]:
     """Of all parts that both have, which must have been measured on the same; first accuracy and margin."""
     found = []
     for part, of in PARTS.items():
-        if a.found[part] and b.found[part]:
+        if a.has(part) and b.has(part):
             prefix = "former." if part == "retention" else ""
-            columns = [_ordered(result, part) for result in (a, b)]
+            columns = [result.columns(part) for result in (a, b)]
             found += [_renamed(m, prefix) for m in _measures(of, *columns)]
     return found
 
@@ -141,27 +142,23 @@ def bootstrap(statistic: Callable[..., float], *sizes: int) -> float | None:
     return float(np.std(found, ddof=1))
 
 
-def _ordered(result: Result, part: str, name: str | None = None) -> Columns:
-    """Columns with the rows in an order that both runs have."""
-    order = np.argsort(np.array(result.ids(part)), kind="stable")
-    return {key: values[order] for key, values in result.columns(part, name).items()}
-
-
 def tasks(a: Result, b: Result) -> Iterator[Measure]:
     """Of lm-eval's tasks that both have; paired where there is a number for each question."""
-    for key, first, second in shared_tasks(a, b):
-        n, se = first["questions"], None
-        ends = [float(e["after"][r.name]["value"]) for e, r in ((first, a), (second, b))]
-        for result, end in zip((a, b), ends, strict=True):
-            result.finite({key: [end]}, "tasks")
-        if first["rows"] and second["rows"]:
-            columns = []
-            for result, entry in ((a, first), (b, second)):
-                rows = entry["rows"]
-                values = result.finite({key: rows["after"][result.name]}, "tasks")[key]
-                columns.append(values[np.argsort(np.array(rows["id"]), kind="stable")])
-            se = paired(key, "tasks", *columns).se
-        yield Measure(key, "tasks", key, n, *ends, se, _direction(first["metric"]))
+    for first, second in shared_tasks(a, b):
+        se = None
+        if first.rows and second.rows:
+            se = paired(first.key, "tasks", a.task_column(first), b.task_column(second)).se
+        yield Measure(
+            first.key,
+            "tasks",
+            first.key,
+            first.questions,
+            # lm-eval's own number need not be the mean over questions
+            a.task_value(first),
+            b.task_value(second),
+            se,
+            _direction(first.metric),
+        )
 
 
 def _direction(metric: str) -> int:
@@ -185,7 +182,7 @@ class _Curve:
     def read(cls, result: Result) -> "_Curve":
         names = {s: name for s, name in sorted(result.strengths.items()) if 0 < s <= 1}
         points = {
-            part: [_ordered(result, part, name) for name in names.values()]
+            part: [result.columns(part, name) for name in names.values()]
             for part in ("pairs", "probe")
         }
 
@@ -202,8 +199,8 @@ class _Curve:
 
 def has_curve(result: Result) -> bool:
     """Whether the adapter was measured at a part of its strength too."""
-    is_measured = result.found["pairs"] and result.found["probe"]
-    return bool(is_measured) and any(0 < strength < 1 for strength in result.strengths)
+    is_measured = result.has("pairs") and result.has("probe")
+    return is_measured and any(0 < strength < 1 for strength in result.strengths)
 
 
 def at_equal(a: Result, b: Result) -> list[Level]:

@@ -26,34 +26,31 @@ def eval_command(
     """
     words = ["bapo", "eval"]
     # held-out pairs are those of a BAPO run: of a YAML, or of the first folder
-    configs = [r.asked.get("config") for r in results]
-    config = next((c for c in configs if c and Path(c).is_file()), None)
+    asked = [result.found.asked for result in results]
+    config = next((a.config for a in asked if a.config and Path(a.config).is_file()), None)
     is_known = config is not None or any(map(_is_bapo, folders))
     if config or (pairs and not is_known):
         words.append(config or "CONFIG.yml")
     words += map(str, sorted(folders, key=lambda folder: not _is_bapo(folder)))
-    asked = [result.asked for result in results]
-    if prompts := next((a["prompts"] for a in asked if a.get("prompts")), None):
+    if prompts := next((a.prompts for a in asked if a.prompts), None):
         words += ["--prompts", prompts]
         if not prompts.isdigit() and (is_known or pairs):
             words.append("--pairs")
-    if names := dict.fromkeys(task for a in asked for task in a.get("tasks") or ()):
+    if names := dict.fromkeys(task for a in asked for task in a.tasks):
         words += ["--tasks", ",".join(names)]
-        if data := next((r.found["data"] for r in results if r.found.get("data")), None):
+        if data := next((r.found.data for r in results if r.found.data), None):
             words += ["--data", data]
     if prompts or names:  # elsewhere it is the default
         words.append("--probe")
-    if limit := next((a["limit"] for a in asked if a.get("limit")), None):
+    if limit := next((a.limit for a in asked if a.limit), None):
         words += ["--limit", str(limit)]
-    if any(a.get("chat") for a in asked):
+    if any(a.chat for a in asked):
         words.append("--chat")
-    if limits := [a["max_new_tokens"] for a in asked if a.get("max_new_tokens")]:
-        if max(limits) != 64:
-            words += ["--max-new-tokens", str(max(limits))]
-    if kinds := {a["load_in_4bit"] for a in asked if a.get("load_in_4bit") is not None}:
+    if asked and (tokens := max(a.max_new_tokens for a in asked)) != 64:
+        words += ["--max-new-tokens", str(tokens)]
+    if kinds := {a.load_in_4bit for a in asked} - {None}:
         words.append("--load-in-4bit" if True in kinds else "--no-load-in-4bit")
-    scales = {*scales, *(s for r in results for s in (r.found.get("scales") or {}).values())}
-    if scales:
+    if scales := {*scales, *(s for r in results for s in r.found.scales.values())}:
         words += ["--scale", ",".join(f"{s:g}" for s in sorted(scales))]
     return shlex.join(words)
 

@@ -1,30 +1,23 @@
-"""What was measured of a run, from its bapo-eval.json, and whether two were measured on the same."""
+"""One adapter's results, and whether those of two were measured on the same."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bapo_plugin.commands.compare.file import (
+    PARTS,
+    RESULT,
+    Evaluation,
+    NotMeasured,
+    Task,
+    read_file,
+)
 from bapo_plugin.runs import check_adapter, weights_digest
 
-RESULT = "bapo-eval.json"
-# of bapo-eval.json, and what their rows are
-PARTS = {
-    "pairs": "held-out pairs",
-    "probe": "unrelated prompts",
-    "retention": "former answers",
-}
-_AGAIN = "measure it again"
-
 Columns = dict[str, np.ndarray]  # measure -> a number a row, [n] fp64
-
-
-class NotMeasured(ValueError):
-    """A run has no results, or none that can be compared; `bapo eval` makes them."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +32,41 @@ class Result:
     """
 
     file: Path
-    found: Mapping[str, Any]
+    found: Evaluation
     name: str
     folder: Path
 
-    @property
-    def asked(self) -> Mapping[str, Any]:
-        return self.found["asked"]
+    def has(self, part: str) -> bool:
+        """Whether a part, of `PARTS`, was measured."""
+        return getattr(self.found, part) is not None
 
     @property
     def strengths(self) -> dict[float, str]:
         """Scale -> name of the same adapter so scaled; 1 is the adapter as it is."""
-        adapters = self.found["adapters"]
+        adapters = self.found.adapters
         scaled = {
-            float(scale): name
-            for name, scale in (self.found.get("scales") or {}).items()
+            scale: name
+            for name, scale in self.found.scales.items()
             if adapters.get(name) == adapters[self.name]
         }
         return scaled | {1.0: self.name}
 
+    @property
+    def task_keys(self) -> set[str]:
+        return {task.key for task in self.found.tasks}
+
     def ids(self, part: str) -> list[str]:
-        """What each row of a part was asked: pairs, or prompts."""
-        return self._rows(part)["id" if part == "pairs" else "prompt"]
+        """Digests of what each row of a part was asked: pairs, or prompts."""
+        rows = getattr(self.found, part).rows
+        return rows.id if part == "pairs" else rows.prompt
+
+    def asked_and_answered(self, part: str) -> Counter:
+        """Of answers: digests of a prompt and of what the model answered before training."""
+        rows = getattr(self.found, part).rows
+        return Counter(zip(rows.prompt, rows.answer, strict=True))
 
     def columns(self, part: str, name: str | None = None) -> Columns:
-        """The numbers of each row of a part.
+        """The numbers of each row of a part, in the order of what was asked, which is the same in all files.
 
         Args:
             part: of `PARTS`.
@@ -73,19 +76,29 @@ class Result:
             ValueError: one isn't finite.
         """
         name = name or self.name
-        return self.finite(self._rows(part)["after"][name], f"{PARTS[part]}, {name}")
+        columns = getattr(self.found, part).rows.after[name].model_dump(exclude_none=True)
+        return self._ordered(self.ids(part), columns, f"{PARTS[part]}, {name}")
 
-    def _rows(self, part: str) -> Mapping[str, Any]:
-        return self.found[part]["rows"]
+    def task_column(self, task: Task) -> np.ndarray:
+        """As `columns`, of a task with rows, [questions]."""
+        columns = {task.metric: task.rows.after[self.name]}
+        return self._ordered(task.rows.id, columns, task.key)[task.metric]
 
-    def finite(self, columns: Mapping[str, Any], of: str) -> Columns:
+    def task_value(self, task: Task) -> float:
         """
         Raises:
-            ValueError: a number isn't finite.
+            ValueError: it isn't finite.
         """
-        found = {key: np.array(values, dtype=np.float64) for key, values in columns.items()}
-        for key, values in found.items():
-            if bad := int((~np.isfinite(values)).sum()):
+        return self._ordered([""], {task.metric: [task.after[self.name].value]}, task.key)[
+            task.metric
+        ].item()
+
+    def _ordered(self, ids: Sequence[str], columns: Mapping[str, list], of: str) -> Columns:
+        order = np.argsort(np.array(ids), kind="stable")
+        found = {}
+        for key, values in columns.items():
+            found[key] = np.array(values, dtype=np.float64)[order]
+            if bad := int((~np.isfinite(found[key])).sum()):
                 raise ValueError(
                     f"{self.file}: {of}: {key} is no finite number in {bad} of {len(values)} rows; the adapter's weights or its "
                     "logits are broken, so there is nothing to compare: train it again with a lower learning_rate"
@@ -116,50 +129,36 @@ def read_result(path: Path, adapter: str | None) -> Result:
     """The results of one adapter.
 
     Raises:
-        NotMeasured: there are none, or an older version wrote them.
-        ValueError: the file can't be read, or it doesn't say which adapter is meant.
+        NotMeasured: there are none that can be used.
+        ValueError: there is no adapter, or the file doesn't say which is meant.
     """
     file = path / RESULT if path.is_dir() else path
     if not file.is_file():
         check_adapter(path)
         raise NotMeasured(f"{path} has no {RESULT}: it has not been measured yet")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NotMeasured(f"{file} can't be read ({error}); {_AGAIN}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("adapters"), dict):
-        raise NotMeasured(f"{file} is not what `bapo eval` writes; {_AGAIN}")
-    if found.get("format") != 1:
-        raise ValueError(
-            f"{file} has format {found.get('format')!r}, this version reads format 1; update axolotl-plugin-bapo"
-        )
-    if "asked" not in found:
-        raise NotMeasured(
-            f"{file} is of an older version, which didn't write what it asked, row by row; {_AGAIN}"
-        )
+    found = read_file(file)
     name = _adapter(file, found, path, adapter)
-    folder = path if path.is_dir() and adapter is None else Path(found["adapters"][name])
-    result = Result(file, found, name, folder)
-    _check_whole(result)
-    recorded, there = (found.get("weights") or {}).get(name), weights_digest(folder)
+    folder = path if path.is_dir() and adapter is None else Path(found.adapters[name])
+    recorded, there = found.weights.get(name), weights_digest(folder)
     if recorded and there and recorded != there:
         raise NotMeasured(
-            f"{file} was measured before the adapter in {folder} was trained anew: its weights are others now; {_AGAIN}"
+            f"{file} was measured before the adapter in {folder} was trained anew: its weights are others now; measure it again"
         )
-    return result
+    return Result(file, found, name, folder)
 
 
-def _adapter(file: Path, found: Mapping[str, Any], path: Path, wanted: str | None) -> str:
-    adapters, scales = found["adapters"], found.get("scales") or {}
+def _adapter(file: Path, found: Evaluation, path: Path, wanted: str | None) -> str:
     if wanted is not None:
-        if wanted not in adapters:
-            raise ValueError(f"{file} has no adapter {wanted!r}; it has {', '.join(adapters)}")
+        if wanted not in found.adapters:
+            raise ValueError(
+                f"{file} has no adapter {wanted!r}; it has {', '.join(found.adapters)}"
+            )
         return wanted
-    names = [name for name in adapters if name not in scales]
+    names = [name for name in found.adapters if name not in found.scales]
     if path.is_dir():
-        here = [n for n in names if Path(adapters[n]).resolve() == path.resolve()]
+        here = [n for n in names if Path(found.adapters[n]).resolve() == path.resolve()]
         # measured in another place, or moved since
-        here = here or [n for n in names if Path(adapters[n]).name == path.resolve().name]
+        here = here or [n for n in names if Path(found.adapters[n]).name == path.resolve().name]
         if len(here) == 1:
             return here[0]
     if len(names) != 1:
@@ -170,101 +169,54 @@ def _adapter(file: Path, found: Mapping[str, Any], path: Path, wanted: str | Non
     return names[0]
 
 
-def _check_whole(result: Result) -> None:
-    """
-    Raises:
-        NotMeasured: rows are missing or have no numbers.
-    """
-    try:
-        for part in PARTS:
-            if result.found[part]:
-                rows = result._rows(part)
-                ids = result.ids(part)
-                columns = [rows["after"][name] for name in result.strengths.values()]
-                lengths = {len(values) for own in columns for values in own.values()}
-                if part != "pairs":
-                    lengths.add(len(rows["answer"]))
-                if not ids or lengths != {len(ids)}:
-                    raise ValueError(f"rows of {part} of different numbers")
-                for own in columns:
-                    for values in own.values():
-                        np.array(values, dtype=np.float64)
-        for entry in result.found["tasks"]:
-            if entry["rows"]:
-                if len(entry["rows"]["after"][result.name]) != len(entry["rows"]["id"]):
-                    raise ValueError(f"rows of {entry['task']} of different numbers")
-            float(entry["after"][result.name]["value"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise NotMeasured(
-            f"{result.file} is damaged ({type(error).__name__}: {error}); {_AGAIN}"
-        ) from None
+def start_from_different_models(a: Result, b: Result) -> bool:
+    """Whether the model before training is another. One model may lie in two places: then it gives the same answers."""
+    parts = [part for part in ("probe", "retention") if a.has(part) and b.has(part)]
+    same = parts and all(a.asked_and_answered(p) == b.asked_and_answered(p) for p in parts)
+    return a.found.model != b.found.model and not same
 
 
-def others(a: Result, b: Result) -> list[str]:
-    """Why two can't be compared: sentences; none where all that both have was measured on the same."""
-    reasons = []
-    same_answers = [
-        sorted(a.ids(part)) == sorted(b.ids(part)) and not _answered_otherwise(a, b, part)
-        for part in ("probe", "retention")
-        if a.found[part] and b.found[part]
-    ]
-    if a.found["model"] != b.found["model"] and not (same_answers and all(same_answers)):
-        # the same model may lie in two places: then it gives the same answers
-        reasons.append(
-            f"A was trained from {a.found['model']}, B from {b.found['model']}: what each has forgotten is its own model's"
-        )
-        return reasons
+def others(a: Result, b: Result) -> Iterator[str]:
+    """What both have and was not measured on the same: a sentence each."""
     for part, of in PARTS.items():
-        if not (a.found[part] and b.found[part]):
+        if not (a.has(part) and b.has(part)):
             continue
-        shared = Counter(a.ids(part)) & Counter(b.ids(part))
-        number, counts = shared.total(), [len(r.ids(part)) for r in (a, b)]
-        if counts != [number, number]:
+        ids = [Counter(result.ids(part)) for result in (a, b)]
+        number = ids[0].total()
+        if ids[0] != ids[1]:
             what = "pairs" if part == "pairs" else "prompts"
             why = ""
-            if a.found.get("template") != b.found.get("template"):
-                why = ", written by different chat templates"
-            reasons.append(
-                f"{of}: A was measured on {counts[0]} {what}, B on {counts[1]}; {number} of them are the same{why}"
+            if a.found.template != b.found.template:
+                why = ", and the chat templates differ"
+            yield (
+                f"{of}: A was measured on {number} {what}, B on {ids[1].total()}; {(ids[0] & ids[1]).total()} of them are the "
+                f"same{why}"
             )
-        elif part != "pairs" and (count := _answered_otherwise(a, b, part)):
-            reasons.append(
-                f"{of}: the model before training gave other answers to {count} of {number} prompts{_why(a, b)}"
-            )
-    tasks = [dict(_tasks(result)) for result in (a, b)]
-    for key in tasks[0].keys() & tasks[1].keys():
-        ids = [Counter((entries[key]["rows"] or {}).get("id", ())) for entries in tasks]
-        if ids[0] != ids[1] or tasks[0][key]["questions"] != tasks[1][key]["questions"]:
-            reasons.append(f"{key}: A and B were asked other questions, or in another form")
-    return reasons
-
-
-def _answered_otherwise(a: Result, b: Result, part: str) -> int:
-    """How many prompts, of the same ones, the model before training answered otherwise."""
-    answers = [Counter(zip(r.ids(part), r._rows(part)["answer"], strict=True)) for r in (a, b)]
-    return (answers[0] - answers[1]).total()
+        elif part != "pairs":
+            answers = [result.asked_and_answered(part) for result in (a, b)]
+            if count := (answers[0] - answers[1]).total():
+                yield (
+                    f"{of}: the model before training gave other answers to {count} of {number} prompts ({_why(a, b)})"
+                )
+    for first, second in shared_tasks(a, b):
+        ids = [Counter(task.rows.id) if task.rows else None for task in (first, second)]
+        if ids[0] != ids[1] or first.questions != second.questions:
+            yield f"{first.key}: A and B were asked other questions, or in another form"
 
 
 def _why(a: Result, b: Result) -> str:
-    limits = [r.asked["max_new_tokens"] for r in (a, b)]
-    kinds = [r.found.get("quantization") or "not quantised" for r in (a, b)]
+    limits = [result.found.asked.max_new_tokens for result in (a, b)]
+    kinds = [result.found.quantization or "not quantised" for result in (a, b)]
     if limits[0] != limits[1]:
-        return f" (--max-new-tokens {limits[0]} of A, {limits[1]} of B)"
+        return f"--max-new-tokens {limits[0]} of A, {limits[1]} of B"
     if kinds[0] != kinds[1]:
-        return f" (loaded {kinds[0]} for A, {kinds[1]} for B)"
-    return " (other weights, versions or a machine that rounds otherwise)"
+        return f"loaded {kinds[0]} for A, {kinds[1]} for B"
+    return "other weights, versions or a machine that rounds otherwise"
 
 
-def _tasks(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for entry in result.found["tasks"]:
-        yield f"{entry['task']}.{entry['metric']}", entry
-
-
-def shared_tasks(
-    a: Result, b: Result
-) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Task and metric, and the entries of both."""
-    theirs = dict(_tasks(b))
-    for key, entry in _tasks(a):
-        if key in theirs:
-            yield key, entry, theirs[key]
+def shared_tasks(a: Result, b: Result) -> Iterator[tuple[Task, Task]]:
+    """The same task and metric of both."""
+    theirs = {task.key: task for task in b.found.tasks}
+    for task in a.found.tasks:
+        if task.key in theirs:
+            yield task, theirs[task.key]

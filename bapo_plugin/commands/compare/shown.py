@@ -152,7 +152,7 @@ def write_json(found: Comparison, file: TextIO) -> None:
                 "folder": str(result.folder),
                 "results": str(result.file),
                 "adapter": result.name,
-                "model": result.found["model"],
+                "model": result.found.model,
             }
             for name, result in (("a", found.a), ("b", found.b))
         },

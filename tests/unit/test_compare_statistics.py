@@ -6,6 +6,7 @@ import torch
 
 from bapo_plugin.answers.prompts import FormerAnswer
 from bapo_plugin.commands.compare import read_limits
+from bapo_plugin.commands.compare.file import Evaluation
 from bapo_plugin.commands.compare.measures import (
     LABELS,
     Level,
@@ -108,6 +109,19 @@ def result(margins, drift, half=None, metric=None):
     names = dict.fromkeys(pairs, "x")
     found = {
         "model": "m",
+        "quantization": None,
+        "template": "",
+        "asked": {
+            "config": None,
+            "prompts": None,
+            "tasks": [],
+            "limit": None,
+            "chat": False,
+            "max_new_tokens": 64,
+            "load_in_4bit": None,
+        },
+        "weights": {},
+        "data": None,
         "adapters": names,
         "scales": {"x × 0.5": 0.5} if half else {},
         "pairs": {"rows": {"id": ids[: len(margins)], "after": pairs}},
@@ -115,6 +129,8 @@ def result(margins, drift, half=None, metric=None):
         "retention": None,
         "tasks": [metric] if metric else [],
     }
+    found = Evaluation.model_validate(found)
+    found.check_rows()
     return Result("file", found, "x", "folder")
 
 

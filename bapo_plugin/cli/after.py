@@ -111,6 +111,9 @@ def compare(
 ) -> None:
     """Which of two runs is better, on the same pairs and prompts, with paired errors.
 
+    A, what is compared with, and B, the candidate: the folder of a run, or a bapo-eval.json; `:ADAPTER` behind it says which
+    of several.
+
     First the settings in which they differ. Then what `bapo eval` measured of both: accuracy and margin on held-out pairs,
     drift, losses and repetition on unrelated prompts, tasks. Where both were measured at parts of their strength too
     (`bapo eval A B --scale 0.25,0.5,0.75`), what each has forgotten at equal margin and accuracy. No model is loaded.

@@ -1,5 +1,6 @@
 """Folders that runs have written: what they hold, and how far training got. Light: nothing heavy is imported."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -30,6 +31,15 @@ _WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 def has_adapter(folder: Path) -> bool:
     """Whether an adapter's weights lie here; axolotl writes its settings before training."""
     return (folder / "adapter_config.json").is_file() and (folder / _WEIGHTS).is_file()
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Of the adapter's weights that lie here; None where there are none."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return None
 
 
 def check_adapter(folder: Path) -> None:

@@ -10,6 +10,7 @@ from bapo_plugin.cli.arguments import (
     LOCAL_TASKS,
     AsJson,
     EvalData,
+    EvalPairs,
     EvalProbe,
     EvalPrompts,
     EvalScale,
@@ -28,6 +29,7 @@ def evaluate(
     targets: EvalTargets,
     prompts: EvalPrompts = None,
     probe: EvalProbe = None,
+    pairs: EvalPairs = None,
     tasks: EvalTasks = None,
     data: EvalData = None,
     scale: EvalScale = None,
@@ -56,6 +58,8 @@ def evaluate(
     Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
     and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
     are files.
+
+    For `bapo compare`, both in one call: bapo eval outputs/bapo outputs/dpo --scale 0.25,0.5,0.75
     """
     must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]
@@ -78,9 +82,54 @@ def evaluate(
             load_in_4bit=load_in_4bit,
             output=output,
             probe=probe,
+            pairs=pairs,
         )
     for path in paths:
         typer.echo(f"Wrote {path}")
+
+
+@app.command(rich_help_panel="After training")
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="What is compared with: the folder of a run, or a bapo-eval.json; `:ADAPTER` behind it says which of several.",
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The candidate, named likewise.")],
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-below",
+            metavar="NAME=VALUE",
+            help="Exit code 1 where B is better than A by less than this, in the unit of the table; several by repeating. "
+            "Below 0 it is what B may be worse by. Where less is better (lost, kl, repetition), less counts as more.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which of two runs is better, on the same pairs and prompts, with paired errors.
+
+    A, what is compared with, and B, the candidate: the folder of a run, or a bapo-eval.json; `:ADAPTER` behind it says which
+    of several.
+
+    First the settings in which they differ. Then what `bapo eval` measured of both: accuracy and margin on held-out pairs,
+    drift, losses and repetition on unrelated prompts, tasks. Where both were measured at parts of their strength too
+    (`bapo eval A B --scale 0.25,0.5,0.75`), what each has forgotten at equal margin and accuracy. No model is loaded.
+
+    Runs that were measured on different things are refused, with the command that measures both on the same.
+
+    In a CI: bapo compare outputs/yesterday outputs/today --fail-below accuracy=-0.02 --fail-below drift=-1
+
+    Exit codes: 0, 1 below a limit, 2 not comparable or another error.
+    """
+    with errors_in_a_line(), others_to_stderr(as_json) as out:
+        from bapo_plugin.commands.compare import compare
+
+        code = compare((a, b), fail_below or (), out if as_json else None)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="After training")

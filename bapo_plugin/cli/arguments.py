@@ -50,6 +50,14 @@ EvalProbe = Annotated[
         "--prompts nor --tasks is given.",
     ),
 ]
+EvalPairs = Annotated[
+    bool | None,
+    typer.Option(
+        "--pairs/--no-pairs",
+        help="Rank held-out pairs of the YAML: accuracy and margin. Default: where its held-out rows are read, so not with "
+        "a file of prompts.",
+    ),
+]
 EvalTasks = Annotated[
     list[str] | None,
     typer.Option(

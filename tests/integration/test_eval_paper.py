@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from bapo_plugin.cli import app
 from bapo_plugin.evaluation import run as evaluation
-from bapo_plugin.evaluation.compare import compare_tasks
 from bapo_plugin.evaluation.harness import find_tasks
 from bapo_plugin.evaluation.local import read_rows
 from bapo_plugin.evaluation.subject import load_adapters
+from bapo_plugin.evaluation.task_results import compare_tasks
 
 SUBJECTS = ("formal_logic", "prehistory")
 

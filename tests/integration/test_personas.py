@@ -16,7 +16,7 @@ from bapo_plugin.cli import app
 from bapo_plugin.commands.personas import personas
 from bapo_plugin.commands.personas import train as training
 from bapo_plugin.commands.personas.read import SAME, merge, read_personas
-from bapo_plugin.evaluation import matrix
+from bapo_plugin.evaluation import matrix, pairs
 
 PERSONAS = {
     "plain": {"datasets": [{"field_chosen": "plain", "field_rejected": "formal"}]},
@@ -285,7 +285,7 @@ def test_a_command_gives_its_exit_code_as_a_shell_does():
 
 def test_the_matrix_is_that_of_whole_logits(here, model, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "_MAX_NEW_TOKENS", 3)
-    monkeypatch.setattr(matrix, "_TOKENS", 120)  # several batches
+    monkeypatch.setattr(pairs, "_TOKENS", 120)  # several batches
     monkeypatch.setenv("COLUMNS", "80")
     found = read(here)
     for seed, persona in enumerate(found):

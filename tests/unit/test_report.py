@@ -16,6 +16,7 @@ from bapo_plugin.report.figures import NUM_COLOURS, make_figures, run_style
 from bapo_plugin.report.plots import _MAX_POINTS, _STAND_INS, _thinned, panel_svg
 from bapo_plugin.report.read import TRAINER_CLS, read_runs, unique_names
 from bapo_plugin.report.tables import decimal, differences, summary, task_table
+from bapo_plugin.report.verdict import verdict
 
 EVIL = "<script>alert(1)</script>"
 BAPO = {"base_model": "tiny", "rl": "dpo", "trainer_cls": TRAINER_CLS, "rl_beta": 0.1}
@@ -550,3 +551,15 @@ def test_a_yaml_is_not_a_run(tmp_path):
     path = write(tmp_path / "run.yml", "rl: bapo")
     with pytest.raises(ValueError, match="run.yml: is a configuration, .* name the folder in its"):
         write_report([path], tmp_path / "r.html")
+
+
+def test_the_verdict_says_where_answers_have_begun_to_loop(tmp_path):
+    def kept(change, error):
+        part = {"value": 0.3, "difference": change, "difference_se": error}
+        after = {"lost": {"value": 0.1}, "worst_tenth": {"value": -3.0}, "repetition": part}
+        folder = make_run(tmp_path / f"run{change}{error}")
+        add_evaluation(folder, probe={"prompts": 48, "after": {"a": after}})
+        return verdict(read_runs([folder])[0]).kept
+
+    assert "4-grams before" not in kept(0.04, 0.01) and "4-grams before" not in kept(0.2, 0.11)
+    assert kept(0.2, 0.05).endswith("Answers repeat themselves: 10% of 4-grams before, 30% now")

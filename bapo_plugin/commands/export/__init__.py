@@ -46,7 +46,7 @@ def export(
         raise ValueError(f"--to: {to!r} must be one of {', '.join(KINDS)}")
     if len(targets) > 1 and to != "vllm":
         raise ValueError(f"--to {to} takes one run; only vLLM serves several at a time")
-    sources = [read_source(target, base) for target in targets]
+    sources = [read_source(target, None if to == "hub" else base) for target in targets]
     source = sources[0]
     if to == "vllm":
         from bapo_plugin.commands.export.vllm import serve
@@ -57,7 +57,7 @@ def export(
 
         if not repo:
             raise ValueError("--to hub needs --repo user/name")
-        return publish(source, repo, public=public, dry_run=dry_run, say=say)
+        return publish(source, repo, base=base, public=public, dry_run=dry_run, say=say)
     if to == "gguf":
         from bapo_plugin.commands.export.gguf import convert
 

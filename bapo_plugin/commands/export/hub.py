@@ -1,5 +1,6 @@
 """An adapter or a model, put on the hub: what is needed to use it, and nothing else of the run's folder."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def publish(
     source: Source,
     repo: str,
     *,
+    base: str | None = None,
     public: bool = False,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
@@ -37,8 +39,9 @@ def publish(
     """Upload an adapter or a whole model in one commit.
 
     Args:
-        source: what is uploaded; `source.base` must be a name on the hub where it is an adapter.
+        source: what is uploaded.
         repo: user/name. It is made where it isn't there.
+        base: name of an adapter's base on the hub. Default: as the run has it.
         public: whether everybody may see it.
         dry_run: only say what would be uploaded; nothing reaches a network.
         say: told, before anything is sent, what will be.
@@ -51,12 +54,13 @@ def publish(
         raise ValueError(
             f"--repo: {repo!r} is no name on the hub; it is like your-name/{source.name}"
         )
+    template = compare_templates(source)
+    source = dataclasses.replace(source, base=base or source.base)
     if source.adapter is not None and not is_hub_name(source.base):
         raise ValueError(
             f"the adapter's base is a folder of this machine ({source.base}), which says nothing to others; name the same "
             "model on the hub with --base user/model"
         )
-    template = compare_templates(source)
     result = Result(
         [*source.facts(), ("template", template.phrase)], [*source.notes(), *template.notes]
     )
@@ -105,7 +109,9 @@ def _files(source: Source) -> list[Path]:
 def _content(path: Path, source: Source, repo: str, notes: list[str]) -> bytes | Path:
     """A text without what belongs to this machine, or the file itself."""
     if path.name == _CARD:
-        text = _card(path.read_text("utf-8"), source, repo)
+        text = path.read_text("utf-8")
+        _refuse_secrets(path, text)
+        text = _card(text, source, repo)
         text, count = _PATH.subn(lambda found: _last(found[0]), text)
         if count:
             notes.append(

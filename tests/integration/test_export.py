@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from bapo_plugin.cli import app
-from bapo_plugin.commands.export import hub, merged
+from bapo_plugin.commands.export import below, hub, kept, merged
 
 IDS = torch.tensor([[5, 9, 40, 77, 123, 8, 31]])
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """No test reaches a network, though nothing forbids it; and few tokens are asked for."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
+    monkeypatch.setattr(kept, "TOKENS", 4)
+    yield
+    assert not asked
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +204,8 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(
         usage = SimpleNamespace(free=1000)
         monkeypatch.setattr(merged.shutil, "disk_usage", lambda place: usage)
     elif name == "memory":
-        monkeypatch.setattr(merged.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
-        monkeypatch.setattr(merged.psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+        monkeypatch.setattr(below.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
+        monkeypatch.setattr(below.psutil, "swap_memory", lambda: SimpleNamespace(free=0))
     elif name == "moved":
         edit(folder / "adapter_config.json", base_model_name_or_path="gone/model")
     elif name in ("small", "deep"):
@@ -331,9 +343,10 @@ def test_a_gguf_file_is_made_of_the_merged_model_by_llama_cpp(base, tmp_path, ll
     assert result.exit_code == 0, result.output
     file = folder / "gguf/mine-q8_0.gguf"
     assert (
-        f"python convert_hf_to_gguf.py {folder / 'merged'} --outfile {file} --outtype q8_0" in text
+        f"llama.cpp/convert_hf_to_gguf.py {folder / 'merged'} --outfile {file} --outtype q8_0"
+        in text
     )
-    assert (folder / "gguf/Modelfile").read_text() == "FROM ./mine-q8_0.gguf\n"
+    assert file.with_suffix(".Modelfile").read_text() == "FROM ./mine-q8_0.gguf\n"
     result = run(folder, "--to", "gguf", "--llama-cpp", llama_cpp)
     assert result.exit_code == 0, result.output
     assert "made before" in result.output and "convert_hf_to_gguf" not in result.output
@@ -342,7 +355,11 @@ def test_a_gguf_file_is_made_of_the_merged_model_by_llama_cpp(base, tmp_path, ll
     (folder / "merged/fail").touch()
     result = run(folder, "--to", "gguf", "--llama-cpp", llama_cpp, "--outtype", "f16")
     assert result.exit_code == 2 and "no such architecture" in result.output
-    assert sorted(path.name for path in (folder / "gguf").iterdir()) == ["Modelfile", file.name]
+    assert sorted(path.name for path in (folder / "gguf").iterdir()) == [
+        "mine-f16.Modelfile",
+        "mine-q8_0.Modelfile",
+        file.name,
+    ]
     edit(folder / "adapter_config.json", lora_alpha=9)
     result = run(folder, "--to", "gguf", "--outtype", "f16")
     assert result.exit_code == 2 and "another state of the adapter" in result.output
@@ -356,7 +373,7 @@ def test_an_adapter_alone_becomes_a_gguf_file_only_where_llama_cpp_scales_it_rig
     assert result.exit_code == 0, result.output
     made = (folder / "gguf/mine-lora-q8_0.gguf").read_text()
     assert made == f"q8_0 ['adapter_model.safetensors'] {base}"
-    lines = (folder / "gguf/Modelfile").read_text().splitlines()
+    lines = (folder / "gguf/mine-lora-q8_0.Modelfile").read_text().splitlines()
     assert lines == ["FROM ./base-q8_0.gguf", "ADAPTER ./mine-lora-q8_0.gguf"]
     assert not (folder / "merged").exists()
     edit(folder / "adapter_config.json", use_rslora=True)
@@ -387,7 +404,11 @@ class Hub:
 
 
 CARD = """---
+base_model: {base}
 library_name: peft
+tags:
+- bapo
+- base_model:adapter:{base}
 ---
 
 # mine
@@ -435,6 +456,7 @@ def test_the_hub_gets_the_adapter_its_card_and_nothing_of_this_machine(mine, bas
     assert json.loads(api.sent["adapter_config.json"])["base_model_name_or_path"] == "maker/model"
     card = api.sent["README.md"].decode()
     assert "base_model: maker/model\n" in card and 'from_pretrained(model, "anna/taste")' in card
+    assert "- bapo\n" in card and "base_model:adapter" not in card
     assert "path: rows.jsonl" in card and "path: data/rows.jsonl" in card
     for content in (card, api.sent["adapter_config.json"].decode()):
         assert "/home/anna" not in content and str(base) not in content

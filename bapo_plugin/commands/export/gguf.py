@@ -62,21 +62,23 @@ def convert(
             f"{model} exists, and nothing is overwritten; remove it, or name another --output"
         )
     output.mkdir(parents=True, exist_ok=True)
-    modelfile = output / "Modelfile"
-    modelfile.write_text("".join(f"{line}\n" for line in result.found["modelfile"]), "utf-8")
-    result.wrote.append(modelfile)
+    modelfile = _modelfile(model)
+    if not modelfile.exists():  # else it may have been edited
+        modelfile.write_text("".join(f"{line}\n" for line in result.found["modelfile"]), "utf-8")
+        result.wrote.append(modelfile)
     result.notes.append(_OLLAMA.replace("NAME", name))
     rest = []
     for command in result.commands:
-        script = command.parts[0][-1]
-        if path := script in (_MODEL, _LORA) and _find(script, llama_cpp):
+        script = _script(command)
+        if script and _target(command).exists():
+            continue  # the base, converted for another adapter
+        if script and (path := _find(script, llama_cpp)):
             result.wrote.append(_run(path, command))
         else:
             rest.append(command)
-    if any(command.parts[0][-1] in (_MODEL, _LORA) for command in rest):
+    if any(map(_script, rest)):
         result.notes.append(
-            "No llama.cpp was named (--llama-cpp DIR) or found on PATH: run its converters as below, in its folder or with their "
-            "path"
+            "No llama.cpp was named (--llama-cpp DIR) or found on PATH: its converter is to be run as below"
         )
     result.commands = rest
     return result
@@ -126,8 +128,10 @@ def _merged(
     result.found |= {"gguf": file, "modelfile": [f"FROM ./{file}"]}
     result.commands = [
         _conversion(_MODEL, folder, output / file, outtype),
-        Command("Ask it with llama.cpp", [["llama-server", "-m", str(output / file)]]),
-        *_ollama(name, output),
+        Command(
+            "Ask it with llama.cpp", [["llama-server"], ["-m", str(output / file)], ["--jinja"]]
+        ),
+        *_ollama(name, output / file),
     ]
     return result
 
@@ -155,19 +159,34 @@ def _adapter(source: Source, output: Path, name: str, outtype: str) -> Result:
         _conversion(_LORA, source.folder, output / file, outtype, ["--base", str(base)]),
         _conversion(_MODEL, base, output / below, outtype),
         Command("Ask it with llama.cpp", serve),
-        *_ollama(name, output),
+        *_ollama(name, output / file),
     ]
     return result
 
 
 def _conversion(script: str, folder: Path, file: Path, outtype: str, *more: list[str]) -> Command:
     about = "Convert the adapter" if script == _LORA else "Convert the model"
-    parts = [["python", script], [str(folder)], *more]
+    parts = [["python", f"llama.cpp/{script}"], [str(folder)], *more]
     return Command(about, [*parts, ["--outfile", str(file)], ["--outtype", outtype]])
 
 
-def _ollama(name: str, output: Path) -> list[Command]:
-    make = [["ollama", "create", name, "-f", str(output / "Modelfile")]]
+def _script(command: Command) -> str | None:
+    """The converter that a command runs."""
+    name = Path(command.parts[0][-1]).name
+    return name if name in (_MODEL, _LORA) else None
+
+
+def _target(command: Command) -> Path:
+    """The file that a converter writes."""
+    return next(Path(group[1]) for group in command.parts if group[0] == "--outfile")
+
+
+def _modelfile(model: Path) -> Path:
+    return model.with_suffix(".Modelfile")
+
+
+def _ollama(name: str, model: Path) -> list[Command]:
+    make = [["ollama", "create", name], ["-f", str(_modelfile(model))]]
     return [
         Command("Or with Ollama", make),
         Command("Look at its template", [["ollama", "show", name, "--template"]]),
@@ -185,7 +204,7 @@ def _run(script: Path, command: Command) -> Path:
     """Convert; the file has its name only when it is whole."""
     words = [word for group in command.parts[1:] for word in group]
     place = words.index("--outfile") + 1
-    target = Path(words[place])
+    target = _target(command)
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=target.parent) as folder:
         words[place] = str(Path(folder) / target.name)
         done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)

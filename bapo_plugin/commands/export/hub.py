@@ -24,7 +24,7 @@ _SECRET = re.compile(
     r"|(?i:api_?key|secret|password|credential|_token)['\"]?\s*[:=]\s*['\"]?(?!null\b|<)[\w-]{12,}"
 )
 # from the root of a disk, with two parts or more; in an address something stands before
-_PATH = re.compile(r"(?<![\w.:/~\\<])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}")
+_PATH = re.compile(r"(?<![\w./~\\<])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}")
 
 
 def publish(
@@ -111,6 +111,8 @@ def _content(path: Path, source: Source, repo: str, notes: list[str]) -> bytes |
     if path.name == _CARD:
         text = path.read_text("utf-8")
         _refuse_secrets(path, text)
+        if "[More Information Needed]" in text:
+            notes.append(f"{_CARD} is PEFT's form, not filled in: write what the adapter is for")
         text = _card(text, source, repo)
         text, count = _PATH.subn(lambda found: _last(found[0]), text)
         if count:
@@ -148,6 +150,9 @@ def _card(text: str, source: Source, repo: str) -> str:
         text = text.replace(before, after)
     card = ModelCard(text, ignore_metadata_errors=True)
     card.data.base_model = source.base
+    # PEFT writes its own with the base as it was called here
+    tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+    card.data.tags = tags or None
     return str(card)
 
 

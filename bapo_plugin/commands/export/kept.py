@@ -38,12 +38,12 @@ def former_answers(model: Any, tokenizer: Any) -> list[FormerAnswer]:
 
 
 @torch.no_grad()
-def token_logps(model: Any, answers: Sequence[FormerAnswer], pad_token_id: int) -> Tensor:
+def token_logps(model: Any, answers: Sequence[FormerAnswer]) -> Tensor:
     """Log-probs of all tokens of all answers, one after the other, nats, [tokens] fp64."""
     batch = pad_sequences(
         [answer.prompt_ids for answer in answers],
         [answer.answer_ids for answer in answers],
-        pad_token_id,
+        0,  # masked
     )
     batch = {key: value.to(model.device) for key, value in batch.items()}
     with autocast(model):
@@ -52,14 +52,12 @@ def token_logps(model: Any, answers: Sequence[FormerAnswer], pad_token_id: int) 
     return logits.log_softmax(-1).gather(1, labels)[:, 0].cpu().double()
 
 
-def logps_off_and_on(
-    model: PeftModel, answers: Sequence[FormerAnswer], pad_token_id: int
-) -> tuple[Tensor, Tensor]:
+def logps_off_and_on(model: PeftModel, answers: Sequence[FormerAnswer]) -> tuple[Tensor, Tensor]:
     """Log-probs with the adapter off and on, as in `token_logps`."""
     found = []
     for state in (model.disable_adapter(), nullcontext()):
         with state:
-            found.append(token_logps(model, answers, pad_token_id))
+            found.append(token_logps(model, answers))
     return found[0], found[1]
 
 

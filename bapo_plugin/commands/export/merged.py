@@ -10,24 +10,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoTokenizer, GenerationConfig
 
+from bapo_plugin.answers.prompts import FormerAnswer
+from bapo_plugin.commands.export.below import bytes_of_base, load, place_for
 from bapo_plugin.commands.export.kept import (
     check_kept,
     former_answers,
@@ -36,10 +30,8 @@ from bapo_plugin.commands.export.kept import (
 )
 from bapo_plugin.commands.export.result import Command, Result, size
 from bapo_plugin.commands.export.source import Source, compare_templates
-from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 
 RECORD = "bapo_export.json"
-_ROOM = 1.05  # beyond the weights: tokenizer, config, one layer twice
 # nats an answer: from here on it matters that training saw other weights
 _MUCH = 1.0
 
@@ -76,9 +68,9 @@ def merge(
         )
     output = output or source.folder / "merged"
     base = source.base_folder()
-    needed = _check_base(source, base)
+    needed = bytes_of_base(source, base)
     _check_target(output, needed)
-    device = _place(needed)
+    device = place_for(needed)
     result.facts += [
         ("template", template.phrase),
         ("needs", f"{size(needed)} of memory and of disk"),
@@ -87,12 +79,11 @@ def merge(
     tokenizer = AutoTokenizer.from_pretrained(
         str(source.tokenizer_folder or base), trust_remote_code=source.trusts
     )
-    model = _load(source, base, device, tokenizer, rounded)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    model = load(source, base, device, tokenizer, "rounded" if rounded else "published")
     if check:
         with model.disable_adapter():
             answers = former_answers(model, tokenizer)
-        before, adapter = logps_off_and_on(model, answers, pad)
+        before, adapter = logps_off_and_on(model, answers)
     model = model.merge_and_unload(safe_merge=True)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
@@ -100,7 +91,7 @@ def merge(
         )
     drift: dict[str, float | int] = {}
     if check:
-        merged = token_logps(model, answers, pad)
+        merged = token_logps(model, answers)
         n = len(answers)
         drift = {
             "prompts": n,
@@ -115,7 +106,7 @@ def merge(
         del model
         gc.collect()
         if check and source.bits and not rounded:
-            result.notes += _measure_as_trained(source, base, device, answers, pad, drift)
+            result.notes += _measure_as_trained(source, base, device, tokenizer, answers, drift)
         record = {
             "format": 1,
             "base": source.base,
@@ -159,23 +150,6 @@ def adapter_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _check_base(source: Source, base: Path) -> int:
-    """Bytes of the base's weights."""
-    config = AutoConfig.from_pretrained(str(base), trust_remote_code=source.trusts)
-    if found := getattr(config, "quantization_config", None):
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise ValueError(
-            f"base model: {source.base} is published quantised ({method}), and merging into such weights rounds the adapter "
-            "away. Name the model in 16 bits with --base, or serve the adapter itself (--to vllm)"
-        )
-    files = list(base.glob("*.safetensors")) or list(base.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(
-            f"base model: {base} has no weights (*.safetensors); name a folder that has them with --base"
-        )
-    return int(sum(path.stat().st_size for path in files) * _ROOM)
-
-
 def _check_target(output: Path, needed: int) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; name a folder")
@@ -191,125 +165,19 @@ def _check_target(output: Path, needed: int) -> None:
         )
 
 
-def _place(needed: int) -> torch.device:
-    """The GPU where the model fits, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * needed:
-        return torch.device("cuda", torch.cuda.current_device())
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
-    if free < needed:
-        raise ValueError(
-            f"merging needs {size(needed)} of memory, and {size(free)} are free; merge on a larger machine, serve the "
-            "adapter itself (--to vllm), or merge file by file with `axolotl merge-lora` (docs/serving.md says what that "
-            "does otherwise)"
-        )
-    return torch.device("cpu")
-
-
-def _load(
-    source: Source, base: Path, device: torch.device, tokenizer: Any, rounded: bool
-) -> PeftModel:
-    """The base with the adapter on it, in the dtype that it was published in."""
-    quantization = None
-    if rounded:
-        quantization = _quantization(source, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base),
-        dtype="auto",
-        device_map={"": device},
-        quantization_config=quantization,
-        trust_remote_code=source.trusts,
-        local_files_only=True,
-    )
-    if rounded:
-        model = model.dequantize()
-    return _with_adapter(source, model, tokenizer)
-
-
-def _with_adapter(source: Source, model: Any, tokenizer: Any) -> PeftModel:
-    tensors = source.tensors()
-    have = model.get_input_embeddings().weight.shape[0]
-    # saved whole where the vocabulary was resized or the embeddings trained
-    saved = [shape[0] for name, shape in tensors.items() if name.endswith("embed_tokens.weight")]
-    rows = saved[0] if saved else have
-    if rows != have:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"the run's tokenizer has {len(tokenizer)} tokens, its base {rows} embeddings, and {source.folder} holds none for "
-            "those that were added; they would be random. Train with the embeddings saved (lora_modules_to_save: "
-            "[embed_tokens, lm_head])"
-        )
-    _untie(source, model, tensors)
-    try:
-        model = PeftModel.from_pretrained(model, str(source.folder))
-    except RuntimeError as error:  # shapes
-        line = next((text for text in str(error).splitlines() if "size mismatch" in text), error)
-        raise ValueError(
-            f"the adapter in {source.folder} doesn't fit the base {source.base} ({str(line).strip()}); name the model that "
-            "it was trained on with --base"
-        ) from None
-    inside = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    whole = {f"base_model.model.{name}" for name in model.get_base_model().state_dict()}
-    lost = [name for name in tensors if name not in inside and name not in whole]
-    lacking = [name for name in inside if ".lora_" in name and name not in tensors]
-    if lost or lacking:
-        which = f"has no place for {lost[0]}" if lost else f"has {lacking[0]} beside it"
-        raise ValueError(
-            f"the adapter in {source.folder} doesn't fit the base {source.base}, which {which} ({len(lost or lacking)} "
-            "tensors); name the model that it was trained on with --base"
-        )
-    return model.eval()
-
-
-def _untie(source: Source, model: Any, tensors: dict[str, tuple[int, ...]]) -> None:
-    """Give the head weights of its own where they are the embeddings' and LoRA changes one of the two: merged into the
-    shared weights it would change both."""
-    head = model.get_output_embeddings()
-    if head is None or head.weight is not model.get_input_embeddings().weight:
-        return
-    if source.adapter.get("ensure_weight_tying"):
-        return  # PEFT trained both as one
-    if any(".embed_tokens.lora_" in name or ".lm_head.lora_" in name for name in tensors):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
-
-
-def _quantization(source: Source, device: torch.device) -> BitsAndBytesConfig:
-    """As axolotl loads it."""
-    if source.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32 if device.type == "cpu" else torch.bfloat16,
-    }
-    return BitsAndBytesConfig(**settings | (source.config.get("bnb_config_kwargs") or {}))
-
-
 def _measure_as_trained(
     source: Source,
     base: Path,
     device: torch.device,
-    answers: Any,
-    pad: int,
+    tokenizer: Any,
+    answers: Sequence[FormerAnswer],
     drift: dict[str, float | int],
 ) -> list[str]:
     """Adds the drift on the rounded weights of training to `drift`; returns what deserves a look."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(base),
-            dtype="auto",
-            device_map={"": device},
-            quantization_config=_quantization(source, device),
-            trust_remote_code=source.trusts,
-            local_files_only=True,
-        )
-        keep_4bit_trainable_on_cpu(model)
-        model = PeftModel.from_pretrained(model, str(source.folder)).eval()
-        off, on = logps_off_and_on(model, answers, pad)
-    except Exception as error:  # of bitsandbytes, which not every machine has; the merged model is whole all the same
+        model = load(source, base, device, tokenizer, "quantised")
+        off, on = logps_off_and_on(model, answers)
+    except Exception as error:  # of bitsandbytes, which not every machine has; what was merged is whole all the same
         return [
             f"The drift on {source.bits}-bit weights, as trained, couldn't be measured: {error}"
         ]

@@ -1,5 +1,6 @@
 """Commands after training."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,12 @@ from bapo_plugin.cli.arguments import (
     EvalScale,
     EvalTargets,
     EvalTasks,
+    ExportAdapter,
+    ExportBase,
+    ExportLlamaCpp,
+    ExportOuttype,
+    ExportRounded,
+    ExportTo,
     LoadIn4Bit,
     errors_in_a_line,
     must_exist,
@@ -186,3 +193,79 @@ def chat(
             from bapo_plugin.commands.chat import chat
 
             chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
+
+
+@app.command(rich_help_panel="After training")
+def export(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a run, a checkpoint in it, or its YAML. With --to vllm several adapters of one base model."
+        ),
+    ],
+    to: ExportTo,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder to write to. Default: one in the run's, called like --to.",
+        ),
+    ] = None,
+    base: ExportBase = None,
+    rounded: ExportRounded = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="merged, gguf: compare log-probs of former answers before and after merging.",
+        ),
+    ] = True,
+    outtype: ExportOuttype = "q8_0",
+    as_adapter: ExportAdapter = False,
+    llama_cpp: ExportLlamaCpp = None,
+    repo: Annotated[str | None, typer.Option(help="hub: user/name.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="hub: for everybody. Default: private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="hub: list what would be uploaded, and send nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Use what was trained elsewhere: merged, with vLLM, as GGUF, on the hub: bapo export outputs/mine --to merged
+
+    RUNS: the folder of a run, a checkpoint in it, or its YAML.
+
+    **merged**: the adapter written into the base's own weights, checked against what was trained. **vllm**: the command that
+    serves the adapter on its base, if vLLM takes it. **gguf**: for llama.cpp and Ollama, by llama.cpp's converters.
+    **hub**: the adapter and its card, private unless --public; nothing else reaches a network.
+
+    Says which base and which chat template, and prints the next command. Nothing is overwritten.
+    """
+    must_exist(*runs)
+    if to != "hub" or dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+    with errors_in_a_line("Interrupted. Nothing was left half written."):
+        with others_to_stderr(as_json) as out:
+            from bapo_plugin.commands.export import export
+
+            result = export(
+                runs,
+                to,
+                output=output,
+                base=base,
+                rounded=rounded,
+                check=check,
+                outtype=outtype,
+                as_adapter=as_adapter,
+                llama_cpp=llama_cpp,
+                repo=repo,
+                public=public,
+                dry_run=dry_run,
+                say=typer.echo,
+            )
+        if as_json:
+            result.write_json(out)
+        else:
+            result.show()

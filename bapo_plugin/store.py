@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -260,10 +261,26 @@ class Store:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file as a whole or not at all; its folder is made."""
+    with whole_file(path, errors="strict") as file:
+        file.write(text)
+
+
+@contextmanager
+def whole_file(path: Path, errors: str = "backslashreplace") -> Iterator[TextIO]:
+    """A UTF-8 file to write in, there as a whole when it is left, else not at all; its folder is made.
+
+    Args:
+        path: of the file.
+        errors: what becomes of text that is no UTF-8, see `open`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8", errors=errors) as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from bapo_plugin.answers.engine import Request
+from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.rows.errors import RowError
@@ -94,7 +94,7 @@ class Asker:
             Request(str(i), "", tuple(prompt), max_new_tokens) for i, prompt in enumerate(prompts)
         ]
         found: dict[str, list[int]] = {}
-        for batch in self._engine.batches(requests):
+        for batch in in_batches(self._engine, requests):
             for request, answer in self._engine.generate(batch, lambda n: None):
                 found[request.key] = list(answer.ids)
             on_answers(len(batch))

@@ -10,7 +10,8 @@ from datasets import Dataset
 from bapo_plugin.answers.stops import named_stops
 from bapo_plugin.rows.columns import IDS, TEXTS
 from bapo_plugin.rows.ends import StopTexts
-from bapo_plugin.rows.table import Faults, finish
+from bapo_plugin.rows.faults import Faults
+from bapo_plugin.rows.table import finish
 from bapo_plugin.rows.texts import TextRows
 from bapo_plugin.rows.tokens import FEATURES, Encoder, prepare_batch
 

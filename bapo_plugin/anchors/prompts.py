@@ -108,7 +108,7 @@ def distinct_prompts(tables: Sequence[Dataset]) -> tuple[Prompts, int]:
     start = 0
     columns = ["key", "limit", "prompt_ids", "open_ids"]
     for rows in tables:
-        for part in rows.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        for part in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
             asked = pc.list_value_length(part["prompt_ids"]).to_numpy()
             entries = np.zeros(len(part), _ENTRY)
             entries["place"] = np.arange(start, start + len(part))
@@ -120,6 +120,7 @@ def distinct_prompts(tables: Sequence[Dataset]) -> tuple[Prompts, int]:
             found.append(entries)
             start += len(part)
     every = np.concatenate(found)
+    found.clear()
     # the first row of each, sorted by key: so a store is read from its beginning to its end
     _, first = np.unique(every["key"], return_index=True)
     return Prompts(tables, every[first]), len(every)

@@ -73,7 +73,7 @@ def where(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> np.ndarr
     """Indices, int64, of rows whose cell is wanted."""
     found = [np.zeros(0, dtype=np.int64)]
     start = 0
-    for part in rows.select_columns([column]).iter(batch_size=10_000):
+    for part in rows.select_columns([column]).iter(batch_size=1000):
         marks = np.fromiter(map(wanted, part[column]), dtype=bool)
         found.append(start + np.flatnonzero(marks))
         start += len(marks)
@@ -83,7 +83,7 @@ def where(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> np.ndarr
 def lengths(rows: Dataset, *columns: str) -> np.ndarray:
     """How many tokens each row has in these columns together, int32."""
     found = [np.zeros(0, dtype=np.int32)]
-    for part in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+    for part in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000):
         counts = [pc.list_value_length(part[column]).to_numpy() for column in columns]
         found.append(np.sum(counts, axis=0, dtype=np.int32))
     return np.concatenate(found)

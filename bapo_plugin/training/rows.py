@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset
 
@@ -76,10 +77,10 @@ def refuse_empty(dataset: Dataset, columns: Sequence[str], name: str, unit: str 
     start = 0
     for part in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
         for column in columns:
-            for i, tokens in enumerate(part[column]):
-                if not tokens.is_valid or len(tokens) == 0:
-                    raise ValueError(
-                        f"{name}: {column} of {unit} {start + i + 1} is empty; prompt and responses need at least one "
-                        f"token each; leave the {unit} out"
-                    )
+            counts = pc.fill_null(pc.list_value_length(part[column]), 0).to_numpy()
+            if not counts.all():
+                raise ValueError(
+                    f"{name}: {column} of {unit} {start + int(counts.argmin()) + 1} is empty; prompt and responses need at "
+                    f"least one token each; leave the {unit} out"
+                )
         start += len(part)

@@ -15,6 +15,7 @@ and cases take turns:
 Memory is looked at from outside, ten times a second. `main_MB` is what the main process holds more than at its start, and
 `worker_MB` what the largest of its workers holds of its own, both without pages of mapped files; `peak_MB` is the largest
 resident size of the main process with all of that. `disk_MB` is what a case leaves on the disk.
+Seconds of the CPU count where others use the machine too.
 
 Prints medians and writes a CSV row a case to benchmarks/results/prepare-cpu.csv.
 """
@@ -25,6 +26,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-CASES = ("base", "again", "plan", "replan", "stored", "axolotl")
+CASES = ("base", "axolotl", "plan", "again", "replan", "stored")
 WORDS = (HERE.parent / "README.md").read_text("utf-8").split()
 
 
@@ -68,7 +70,7 @@ def configuration(folder: Path, args: argparse.Namespace, rows: int, processes: 
 
 
 def run_case(case: str, folder: Path, args: argparse.Namespace, rows: int, processes: int) -> dict:
-    """In a process of its own: {"seconds", "start_MB"}."""
+    """In a process of its own: {"seconds", "cpu", "start_MB"}."""
     os.environ["HF_HOME"] = str(folder / "hf")
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
@@ -111,10 +113,16 @@ def run_case(case: str, folder: Path, args: argparse.Namespace, rows: int, proce
                 plan = make_plan(keyed, store, made_by, preparation.stop_ids)
                 assert len(plan.requests) == rows
 
-    before = own_memory(psutil.Process(), of_worker=False)
-    start = time.perf_counter()
+    memory, cpu, start = own_memory(psutil.Process(), of_worker=False), cpu_seconds(), time.time()
     work()
-    return {"seconds": time.perf_counter() - start, "start_MB": before >> 20}
+    seconds = time.time() - start
+    return {"seconds": seconds, "cpu": cpu_seconds() - cpu, "start_MB": memory >> 20}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of workers that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(kind)[:2]) for kind in kinds)
 
 
 def fill_store(preparation) -> None:
@@ -178,6 +186,46 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def lines_of(found: dict[tuple, list[dict]]) -> list[dict]:
+    """What the CSV file says of (case, rows, processes) -> results."""
+    lines = []
+    for (case, rows, processes), results in found.items():
+        seconds, cpu = (statistics.median(r[key] for r in results) for key in ("seconds", "cpu"))
+        peers = found["axolotl", rows, processes]
+        of_seconds, of_cpu = (
+            statistics.median(r[key] for r in peers) for key in ("seconds", "cpu")
+        )
+        lines.append(
+            {
+                "case": case,
+                "rows": rows,
+                "processes": processes,
+                "seconds": round(seconds, 2),
+                "rows_per_second": round(rows / seconds),
+                "of_axolotl_and_trl": round(seconds / of_seconds, 2),
+                "cpu_seconds": round(cpu, 2),
+                "cpu_of_axolotl_and_trl": round(cpu / of_cpu, 2),
+                **{
+                    name: max(r[name] for r in results)
+                    for name in ("main_MB", "worker_MB", "peak_MB", "disk_MB")
+                },
+                "turns": len(results),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "versions": " ".join(
+                    f"{n} {version(n)}" for n in ("axolotl", "trl", "datasets", "tokenizers")
+                ),
+            }
+        )
+    return lines
+
+
+def write(path: Path, lines: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
@@ -218,35 +266,9 @@ def main() -> None:
                         result["disk_MB"] = (size_of(folder) - before) >> 20
                         found.setdefault((case, rows, processes), []).append(result)
                         print(f"turn {turn}: {case} {rows} rows: {result}", flush=True)
-    lines = []
-    for (case, rows, processes), results in found.items():
-        seconds = statistics.median(r["seconds"] for r in results)
-        peer = statistics.median(r["seconds"] for r in found["axolotl", rows, processes])
-        lines.append(
-            {
-                "case": case,
-                "rows": rows,
-                "processes": processes,
-                "seconds": round(seconds, 2),
-                "rows_per_second": round(rows / seconds),
-                "of_axolotl_and_trl": round(seconds / peer, 2),
-                **{
-                    name: max(r[name] for r in results)
-                    for name in ("main_MB", "worker_MB", "peak_MB", "disk_MB")
-                },
-                "turns": args.turns,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "versions": " ".join(
-                    f"{n} {version(n)}" for n in ("axolotl", "trl", "datasets", "tokenizers")
-                ),
-            }
-        )
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0].keys())
-        writer.writeheader()
-        writer.writerows(lines)
-    for line in lines:
-        print({key: line[key] for key in list(line)[:10]})
+                write(args.output, lines_of(found))  # a run of hours may be stopped
+    for line in lines_of(found):
+        print({key: line[key] for key in list(line)[:12]})
 
 
 if __name__ == "__main__":

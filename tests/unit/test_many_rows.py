@@ -125,7 +125,9 @@ def test_known_reference_log_probs_hold_only_themselves(tmp_path):
 
 
 def test_several_processes_give_the_same_rows(tmp_path, chatml):
-    rows = table(600).select([*range(540, 600), *range(110, 540)])  # as where faulty ones were dropped
+    rows = table(600).select(
+        [*range(540, 600), *range(110, 540)]
+    )  # as where faulty ones were dropped
     one, two = keyed(rows), keyed(rows, 2)
     assert one.to_dict() == two.to_dict() and len(set(one["key"])) == 490
     with Store(tmp_path / "s") as store:

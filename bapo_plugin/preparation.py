@@ -36,7 +36,7 @@ from bapo_plugin.models import (
 from bapo_plugin.opening import Opening, store_path
 from bapo_plugin.rows.faults import Faults
 from bapo_plugin.rows.sources import Source, content_hash, lacks_bases
-from bapo_plugin.rows.table import check_long, finish, split_by_prompt
+from bapo_plugin.rows.table import as_table, check_long, finish, split_by_prompt
 from bapo_plugin.rows.tokens import FEATURES, complete_batch, prepare_batch
 from bapo_plugin.store import Store
 
@@ -157,6 +157,10 @@ class Preparation:
                     rows = faults.take_missing(source.name, rows, source.fields.base, policy)
                 found[split].append(rows)
         faults.settle(self._is_main)
+        found = {
+            split: [as_table(rows, self._num_proc(len(rows), _LIGHT)) for rows in parts]
+            for split, parts in found.items()
+        }
         self._check_before_generating(found)
         return found
 

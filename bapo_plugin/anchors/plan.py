@@ -98,8 +98,6 @@ def with_keys(
         return rows.add_column("key", pa.array([], pa.string())).add_column(
             "limit", pa.array([], pa.int64())
         )
-    if rows._indices is not None:
-        rows = rows.flatten_indices(num_proc=num_proc)  # columns can't be put beside chosen rows
     columns = ["lacks", "length", "prompt_ids", "open_ids"]
     keys = rows.select_columns(columns).map(
         _keys_of,

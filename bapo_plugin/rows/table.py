@@ -40,6 +40,8 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
     Raises:
         ValueError: cut rows with "error", long ones with "raise", or no row is left.
     """
+    # before rows are left out: beside some of a table's rows a column can't be put without writing them anew
+    rows = rows.add_column("open_tokens", lengths(rows, "open_ids"))
     rows = _apply_on_cut(rows, name, on_cut)
     long = check_long(rows, name, sequence_len, policy)
     cut = len(where(rows, "length", lambda text: text == "cut"))
@@ -48,8 +50,7 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
             f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut:,} rows cut, "
             f"{len(long):,} dropped, {len(rows) - cut - len(long):,} untouched"
         )
-    rows = without(rows, long)
-    return rows.add_column("open_tokens", lengths(rows, "open_ids")).select_columns(list(READY))
+    return without(rows, long).select_columns(list(READY))
 
 
 def check_long(rows: Dataset, name: str, sequence_len: int, policy: str) -> np.ndarray:
@@ -234,3 +235,23 @@ def without(rows: Dataset, dropped: np.ndarray) -> Dataset:
     kept = np.ones(len(rows), dtype=bool)
     kept[dropped] = False
     return rows.select(np.flatnonzero(kept))
+
+
+def as_table(rows: Dataset, num_proc: int | None = None) -> Dataset:
+    """Rows of which some were left out as a table of their own: what follows would look each row up.
+
+    Args:
+        rows: of any columns.
+        num_proc: processes.
+    """
+    if rows._indices is None:
+        return rows
+    # `Dataset.flatten_indices` makes Python values of all cells
+    whole = rows.with_format("arrow").map(
+        _itself, batched=True, num_proc=num_proc, desc="Leaving rows out"
+    )
+    return whole.with_format(None)
+
+
+def _itself(table: Any) -> Any:
+    return table

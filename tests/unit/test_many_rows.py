@@ -16,7 +16,7 @@ from bapo_plugin.answers.engine import Answer
 from bapo_plugin.preparation import Preparation
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.rows.faults import Faults
-from bapo_plugin.rows.table import finish, split_by_prompt
+from bapo_plugin.rows.table import as_table, finish, split_by_prompt
 from bapo_plugin.rows.tokens import FEATURES, complete_batch
 from bapo_plugin.scoring.reference import ReferenceCache, _entries, _sequence_keys
 from bapo_plugin.store import Store
@@ -128,7 +128,8 @@ def test_several_processes_give_the_same_rows(tmp_path, chatml):
     rows = table(600).select(
         [*range(540, 600), *range(110, 540)]
     )  # as where faulty ones were dropped
-    one, two = keyed(rows), keyed(rows, 2)
+    one, two = keyed(as_table(rows)), keyed(as_table(rows, 2), 2)
+    assert one.remove_columns(["key", "limit"]).to_dict() == rows.to_dict()
     assert one.to_dict() == two.to_dict() and len(set(one["key"])) == 490
     with Store(tmp_path / "s") as store:
         fill(store, one)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from bapo_plugin.answers.engine import Request
+from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.table import digest
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 
@@ -94,7 +95,7 @@ class Asker:
             Request(str(i), "", tuple(prompt), max_new_tokens) for i, prompt in enumerate(prompts)
         ]
         found: dict[str, list[int]] = {}
-        for batch in self._engine.batches(requests):
+        for batch in in_batches(self._engine, requests):
             for request, answer in self._engine.generate(batch, lambda n: None):
                 found[request.key] = list(answer.ids)
             on_answers(len(batch))
@@ -112,19 +113,32 @@ def held_out_answers(rows: Dataset, tokenizer: Any, count: int | None) -> list[F
     """
     has_open = "open_tokens" in rows.column_names
     columns = ["prompt_ids", "base_ids", *(["open_tokens"] if has_open else [])]
-    distinct: dict[tuple[int, ...], list[int]] = {}
-    for row in rows.select_columns(columns):
-        skip = row.get("open_tokens") or 0
-        base = row["base_ids"]
-        if len(base) > skip:
-            distinct.setdefault((*row["prompt_ids"], *base[:skip]), base[skip:])
-    items = list(distinct.items())
-    if count is not None and count < len(items):
-        items = [items[i * len(items) // count] for i in range(count)]
-    return [
-        FormerAnswer(tokenizer.decode(ids, skip_special_tokens=True), ids, answer)
-        for ids, answer in items
-    ]
+    first: dict[
+        int, int
+    ] = {}  # of each distinct prompt the row, since rows may be many and are read again
+    index = 0
+    for part in rows.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(part[name] for name in columns), strict=True):
+            asked, answer = _asked(*values)
+            if answer:
+                first.setdefault(digest(asked), index)
+            index += 1
+    picked = list(first.values())
+    if count is not None and count < len(picked):
+        picked = [picked[i * len(picked) // count] for i in range(count)]
+    found = []
+    for row in rows.select_columns(columns).select(picked):
+        asked, answer = _asked(*(row[name] for name in columns))
+        found.append(FormerAnswer(tokenizer.decode(asked, skip_special_tokens=True), asked, answer))
+    return found
+
+
+def _asked(
+    prompt: list[int], base: list[int], opened: int | None = None
+) -> tuple[tuple[int, ...], list[int]]:
+    """What the model was asked with, and its answer."""
+    opened = opened or 0
+    return (*prompt, *base[:opened]), base[opened:]
 
 
 def read_prompts(path: str | Path, key: str = "prompts") -> list[Chat]:

@@ -252,6 +252,9 @@ def complete_batch(
         answers: {key: limit} -> {key: (token ids as the model gave them, whether the limit cut them)}.
         decode: token ids -> text, special tokens included.
         sequence_len, strategy: see `fit_length`.
+
+    Raises:
+        ValueError: an answer isn't there.
     """
     found = answers({k: n for k, n in zip(batch["key"], batch["limit"], strict=True) if k})
     out = []
@@ -260,6 +263,10 @@ def complete_batch(
     for row, key in zip(out, batch["key"], strict=True):
         if not key:
             continue
+        if key not in found:
+            raise ValueError(
+                f"the base response of row {row['row']} has left the store meanwhile; start again to make it anew"
+            )
         ids, row["base_cut"] = found[key]
         row["base"] = decode([*row["open_ids"], *ids])
         row["base_ids"] = [*row["open_ids"], *ids]

@@ -17,7 +17,7 @@ from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
 from bapo_plugin import models, prepare
 from bapo_plugin.anchors.plan import explain, make_plan, usable
-from bapo_plugin.answers.engine import Answer, Request, Sampling
+from bapo_plugin.answers.engine import Answer, Request, Sampling, in_batches
 from bapo_plugin.answers.transformers import TransformersEngine, _SeededSampling
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.store import Store, StoreDamaged
@@ -91,7 +91,7 @@ def requests_of(tokenizer, texts, limit=12):
 
 def answers_of(engine, requests):
     found = {}
-    for batch in engine.batches(requests):
+    for batch in in_batches(engine, requests):
         found |= {request.key: answer for request, answer in engine.generate(batch, lambda n: None)}
     return found
 
@@ -166,13 +166,13 @@ def test_batches_keep_to_rows_and_tokens(chatml):
     texts = ["sea " * (1 + i % 40) for i in range(100)]
     requests = requests_of(chatml, texts, limit=30)
     engine = TransformersEngine(lambda: None, [2], batch_size=8, batch_tokens=300)
-    batches = engine.batches(requests)
+    batches = list(in_batches(engine, requests))
     assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests)
     for batch in batches:
         width = max(len(r.prompt_ids) for r in batch) + 30
         assert len(batch) <= 8 and (len(batch) == 1 or len(batch) * width <= 300)
     assert max(map(len, batches)) == 8, "short prompts are not batched"
-    assert engine.batches(requests[::-1]) == batches
+    assert list(in_batches(engine, requests[::-1])) == batches
 
 
 def test_a_models_own_defaults_of_generation_are_left_out(chatml):

@@ -219,8 +219,8 @@ class _Gathering:
 
     def _watched(self, path: str) -> Dataset:
         rows = self.work.prompts(path, "bapo.retention.prompts")
-        for text, numbers in problems_of(rows).items():
-            raise ValueError(f"bapo.retention.prompts: {path}, prompt {numbers[0]}: {text}")
+        for text, said in problems_of(rows).items():
+            raise ValueError(f"bapo.retention.prompts: {path}, prompt {said.first[0]}: {text}")
         return rows
 
     # ------------------------------------------------------------ what is said

@@ -38,6 +38,7 @@ ON_A_CPU = {
 # commands of ours that no test of this file runs, and who does
 ELSEWHERE = {
     r"--tasks (paper|arc_easy)": "asks the hub, or needs the paper's data: tests/integration/test_eval_paper.py",
+    r"bapo (export|compare)": "need a whole run, or results of two: tests/integration/test_(export|compare).py",
     r"bapo personas(?!.*--list)": "trains in processes of its own: tests/integration/test_personas.py",
 }
 # what `make test` has time for; the others are slow tests

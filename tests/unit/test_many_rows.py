@@ -166,6 +166,9 @@ class Echo:
         for request in requests:
             yield request, Answer(request.prompt_ids[:2], False)
 
+    def confirm(self):
+        pass
+
     def close(self):
         pass
 

@@ -35,11 +35,8 @@ def has_adapter(folder: Path) -> bool:
 
 def weights_digest(folder: Path) -> str | None:
     """Of the adapter's weights that lie here; None where there are none."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return None
+    path = folder / _WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def check_adapter(folder: Path) -> None:

@@ -39,7 +39,8 @@ BELOW = 1  # exit code
 _ROUNDING = 1e-9
 # where a run lies, which differs between any two
 _PLACES = ("output_dir", "dataset_prepared_path", "axolotl_config_path")
-_DATA = ("datasets", "test_datasets", "val_set_size", "rows.")  # the split depends on nothing else
+# what decides which rows are held out: the last ones, after shuffling
+_DATA = ("datasets", "test_datasets", "val_set_size", "seed", "shuffle_merged_datasets", "rows.")
 
 
 def compare(targets: Sequence[str], limits: Sequence[str] = (), out: TextIO | None = None) -> int:

@@ -261,7 +261,12 @@ def test_an_adapter_that_was_trained_anew_is_not_what_was_measured(copies):
 
 def test_other_names_of_the_same_model_and_adapters_in_one_file(copies, tmp_path):
     file = copies / "bapo/bapo-eval.json"
-    for pair in ((f"{file}:dpo", f"{file}:bapo"), (copies / "dpo", f"{file}:bapo × 0.5")):
+    (copies / "results").mkdir()
+    shutil.copy(file, copies / "results")
+    for pair in (
+        (f"{file}:dpo", f"{file}:bapo"),
+        (copies / "dpo", f"{copies / 'results'}:bapo × 0.5"),
+    ):
         result = bapo("compare", *pair)
         assert result.exit_code == 0 and "held-out pairs" in result.output, result.output
     spoil(copies / "bapo", lambda found: found.update(model="/elsewhere/model"))

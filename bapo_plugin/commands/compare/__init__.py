@@ -39,6 +39,7 @@ BELOW = 1  # exit code
 _ROUNDING = 1e-9
 # where a run lies, which differs between any two
 _PLACES = ("output_dir", "dataset_prepared_path", "axolotl_config_path")
+# what decides which rows are held out: the last ones, after shuffling
 _DATA = ("datasets", "test_datasets", "val_set_size", "seed", "shuffle_merged_datasets", "rows.")
 
 

@@ -15,7 +15,7 @@ from bapo_plugin.commands.compare.file import (
     Task,
     read_file,
 )
-from bapo_plugin.runs import check_adapter, weights_digest
+from bapo_plugin.runs import check_adapter, has_adapter, weights_digest
 
 Columns = dict[str, np.ndarray]  # measure -> a number a row, [n] fp64
 
@@ -138,7 +138,7 @@ def read_result(path: Path, adapter: str | None) -> Result:
         raise NotMeasured(f"{path} has no {RESULT}: it has not been measured yet")
     found = read_file(file)
     name = _adapter(file, found, path, adapter)
-    folder = path if path.is_dir() and adapter is None else Path(found.adapters[name])
+    folder = path if adapter is None and has_adapter(path) else Path(found.adapters[name])
     recorded, there = found.weights.get(name), weights_digest(folder)
     if recorded and there and recorded != there:
         raise NotMeasured(

@@ -111,7 +111,7 @@ def print_comparison(found: Comparison) -> None:
 
 def _legend(found: Comparison) -> list[str]:
     lines = [
-        "± is one standard error of B - A, row by row. Better and worse are beyond two of them."
+        "± is one standard error of B - A, row by row. The last column says what is beyond two of them."
     ]
     if any(m.key.endswith("worst_tenth") for m in found.measures) or found.levels:
         what = "The worst tenth" + (" and the numbers at equal taste" if found.levels else "")
@@ -133,7 +133,9 @@ def _add(table: Table, measures: Sequence[Measure], heading: bool = True) -> Non
         of = m.of
         number = str(m.n or "") if m.of == "tasks" else ""
         error = "" if m.se is None else f" ± {m.se:.3f}"
-        word = "" if not m.is_clear else "better" if m.gain > 0 else "worse"
+        # a margin may well be too high
+        words = ("higher", "lower") if m.key == "margin" else ("better", "worse")
+        word = words[m.gain < 0] if m.is_clear else ""
         table.add_row(
             f"  {m.label}", number, f"{m.a:.3f}", f"{m.b:.3f}", f"{m.difference:+.3f}{error}", word
         )

@@ -143,10 +143,8 @@ def next_commands(folder: Path, name: str) -> list[Command]:
 def adapter_hash(source: Source) -> str:
     """Of the adapter's weights and settings."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        if (source.folder / name).is_file():
-            with open(source.folder / name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update(hashlib.sha256((source.folder / name).read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -12,6 +12,9 @@ from pydantic import (
     model_validator,
 )
 
+# special tokens inside words, see `rows.words`
+WordsPolicy = Literal["text", "refuse", "tokens"]
+
 
 class Block(BaseModel):
     """A block of settings: unknown keys are refused, and YAML's yes and no are no numbers."""

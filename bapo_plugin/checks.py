@@ -99,6 +99,10 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
             "accelerator_config.dispatch_batches: true would cut batches between the responses of a row; "
             "remove the line"
         )
+    if not 0 <= _number(cfg.get("val_set_size") or 0) < math.inf:
+        problems.append(
+            f"val_set_size: {cfg['val_set_size']!r} must be a share of the rows, such as 0.05, or a number of them"
+        )
     if not cfg.get("datasets"):
         problems.append("datasets: is empty; name at least one preference data set")
     for split in ("datasets", "test_datasets"):

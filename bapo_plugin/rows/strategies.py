@@ -28,6 +28,7 @@ from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.oddities import IDENTICAL, check_repeat, check_system, repeats
 from bapo_plugin.rows.template import RenderedRow, has_words, tokens_of
+from bapo_plugin.rows.words import Words
 
 Row = dict[str, Any]
 Transform = Callable[[Row], Row]
@@ -63,6 +64,7 @@ class StrategyRows:
         stops: ends of turn, for responses that bring one, or lack it.
         entry: the data set's entry in the YAML; `field_chosen`, `field_rejected`, `field_prompt` and
             `field_messages` name the columns to look at first.
+        words: of special tokens in the row's own words; None: the row or the strategy says itself what is a token.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class StrategyRows:
         fields: Fields,
         stops: StopTexts,
         entry: Mapping[str, Any] | None = None,
+        words: Words | None = None,
     ):
         self._transform = transform
         self._fields = fields
         self._stops = stops
+        self._words = words
         inner = (entry or {}).get("type")
         settings = {**(entry or {}), **(inner if isinstance(inner, Mapping) else {})}
         names = {part: [settings.get(f"field_{part}")] for part in _COLUMNS}
@@ -92,7 +96,7 @@ class StrategyRows:
             RowError: a response is missing, empty, of a wrong type or not the assistant's, the strategy
                 fails on the row, changes its words, or gives no place for the base response.
         """
-        row = dict(row)
+        row = self._own_words(dict(row))
         self._check_columns(row)
         texts = self._render(row)
         for name in _COLUMNS:
@@ -119,7 +123,9 @@ class StrategyRows:
         check_system(row, texts["prompt"], None)
         for prompt in (words, texts["prompt"]):
             check_repeat(prompt, texts["chosen"], texts["rejected"])
-        notice = repeats(words, (texts["chosen"], texts["rejected"]))
+        notices = [repeats(words, (texts["chosen"], texts["rejected"]))]
+        if self._words:
+            notices.append(self._words.notice([texts[name] for name in _COLUMNS]))
         base = read_base(row, self._fields)
         return RenderedRow(
             ask=texts["prompt"],
@@ -130,13 +136,26 @@ class StrategyRows:
             base_cut=base is not None and base.cut,
             base_tokens=tokens_of(base),
             words=words,
-            notices=(notice,) if notice else (),
+            notices=tuple(filter(None, notices)),
         )
 
     @property
     def places(self) -> dict[str, str]:
         """Part -> where it stood in the last row, as "column" or "column.-1.content"."""
         return {name: ".".join(map(str, place.slot)) for name, place in self._last.items()}
+
+    def _own_words(self, row: Row) -> Row:
+        """The row with stand-ins for special tokens; the end of turn that a response brings is none of them."""
+        if self._words is None:
+            return row
+        base = self._fields.base  # what a model said: its special tokens are those that it gave
+        responses = {*self._columns["chosen"], *self._columns["rejected"]}
+        return {
+            column: value
+            if base and column in (base, f"{base}_cut", f"{base}_tokens")
+            else self._words.hide(value, column, self._stops.strip if column in responses else str)
+            for column, value in row.items()
+        }
 
     def _check_columns(self, row: Row) -> None:
         for name in ("chosen", "rejected"):
@@ -264,6 +283,16 @@ class StrategyRows:
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))
+
+
+def is_axolotls(transform: Transform) -> bool:
+    """Whether a strategy is one of axolotl's that put words into a template of their own, so that special tokens in a
+    row are words. `passthrough` takes rows that are rendered already."""
+    function: Any = transform
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__module__", None) or ""
+    return name.startswith("axolotl.") and not name.endswith(".passthrough")
 
 
 def source_of(transform: Transform) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import bapo_plugin
 ROOT = Path(bapo_plugin.__file__).parent
 # floors, from the ground up; a file imports from its own floor and from those below
 FLOORS = [
-    ["loss", "store", "compat", "last_word", "blocks", "runs"],
+    ["loss", "store", "compat", "last_word", "blocks", "runs", "yaml_files"],
     ["config", "network"],
     ["rows"],
     ["checks"],

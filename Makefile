@@ -1,6 +1,7 @@
 # make demo    train a small real model with DPO and with BAPO, on a CPU, and compare them
 # make test    the tests that take minutes     make test-all   also the slow ones
 # make lint    ruff                            make bench      the benchmarks
+# make fuzz    10,000 mutated YAMLs and rows; another number or seed: make fuzz BAPO_FUZZ=1000 BAPO_FUZZ_SEED=2
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -18,9 +19,9 @@ BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-deepspeed test-gpu lint format bench
+.PHONY: help install model demo test test-all test-deepspeed test-gpu fuzz lint format bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 install:
 	@.ci/install "$(VENV)"
@@ -42,6 +43,11 @@ test-all: model test-deepspeed
 test-deepspeed: install
 	@.ci/install-deepspeed "$(VENV)"
 	@PATH="$$(cd "$(VENV)-deepspeed/bin" && pwd):$$PATH" python -m pytest $(DEEPSPEED_TESTS) tests/integration/test_distributed.py -k zero
+
+BAPO_FUZZ ?= 10000
+BAPO_FUZZ_SEED ?= 1
+fuzz: install
+	@$(RUN) BAPO_FUZZ=$(BAPO_FUZZ) BAPO_FUZZ_SEED=$(BAPO_FUZZ_SEED) python -m pytest -rP -W ignore $(TESTS)/fuzz | grep -v "^\["
 
 test-gpu: install
 	@$(RUN) python -m pytest -m gpu tests/gpu

@@ -108,10 +108,17 @@ class StrategyRows:
                 )
             if not value.strip():
                 raise RowError(f"{name} is empty; fill it or remove the row")
+            if self._words:
+                self._words.check(value, name)
+                if end := name != "prompt" and self._stops.first_inside(self._stops.strip(value)):
+                    raise RowError(
+                        f"{name} goes on behind an end of turn ({end!r}), as if it held several turns; leave one answer in it"
+                    )
         places = self._places(row, texts)
         for name, place in places.items():
             if place is not None:
                 self._check_source(row, texts[name], name, place)
+                self._check_messages(row, texts["prompt"] + texts[name], name, place)
         if places["chosen"] is None:
             raise RowError(
                 "found no place for the base response: no column can be changed such that only the rendered chosen "
@@ -149,13 +156,22 @@ class StrategyRows:
         if self._words is None:
             return row
         base = self._fields.base  # what a model said: its special tokens are those that it gave
+        own = (base, f"{base}_cut", f"{base}_tokens") if base else ()
         responses = {*self._columns["chosen"], *self._columns["rejected"]}
-        return {
-            column: value
-            if base and column in (base, f"{base}_cut", f"{base}_tokens")
-            else self._words.hide(value, column, self._stops.strip if column in responses else str)
-            for column, value in row.items()
-        }
+        found = {}
+        for column, value in row.items():
+            if column in own:
+                found[column] = value
+            elif column not in responses:
+                found[column] = self._words.hide(value, column)
+            elif isinstance(value, list):  # the last message is the response
+                found[column] = [
+                    *self._words.hide(value[:-1], column),
+                    *self._words.hide(value[-1:], column, self._stops.strip),
+                ]
+            else:
+                found[column] = self._words.hide(value, column, self._stops.strip)
+        return found
 
     def _check_columns(self, row: Row) -> None:
         for name in ("chosen", "rejected"):
@@ -273,8 +289,26 @@ class StrategyRows:
         if not has_words(text, value):
             raise RowError(
                 f"the prompt strategy does not write {name} as the row has it: {value.strip()[:60]!r} became "
-                f"{text[:60]!r}"
+                f"{text[:60]!r}; use another `type:`, or mend the row"
             )
+
+    def _check_messages(self, row: Row, text: str, name: str, place: _Place) -> None:
+        """A conversation arrives as a whole: some strategies take two messages of it, however many there are."""
+        column = place.slot[0]
+        messages = row[column]
+        if column not in self._columns[name] or not isinstance(messages, list):
+            return
+        for i, message in enumerate(messages, start=1):
+            said = message
+            if isinstance(message, Mapping):
+                said = message.get("content", message.get("value"))
+            if said is not None and not isinstance(said, str):
+                raise RowError(f"message {i} of {name} is {kind_of(said)}; it must be text")
+            if said and not has_words(text, said):
+                raise RowError(
+                    f"the prompt strategy leaves out message {i} of {name} ({said.strip()[:60]!r}); use one for whole "
+                    "conversations, such as chat_template.argilla_chat, or remove the message"
+                )
 
     def _slots(self, row: Row, name: str) -> Iterator[Slot]:
         columns = [c for c in self._columns[name] if c in row]

@@ -100,6 +100,7 @@ class ChatTemplate:
     def _ask(self, history: Sequence[Message], tools: list[dict] | None) -> str:
         text = self._apply(history, tools, ask=True)
         _check_history(text, history, tools)
+        self.words.check(text, "the prompt")
         return text
 
     def render(self, conversation: Conversation, base: BaseResponse | None = None) -> RenderedRow:
@@ -186,6 +187,7 @@ class ChatTemplate:
         self._refuse_inside(body, name)
         tail = message["content"][len(body) :]
         hidden = self.words.hide(message | {"content": body}, name)
+        self.words.check(hidden["content"], name)
         return hidden | {"content": hidden["content"] + tail}
 
     def _refuse_inside(self, content: str, name: str) -> None:

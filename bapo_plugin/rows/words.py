@@ -11,14 +11,13 @@ from typing import Any
 from bapo_plugin.blocks import WordsPolicy
 from bapo_plugin.rows.ends import special_texts
 from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.oddities import RESERVED, check_characters
 
-# Unicode keeps these for a program's own use; four of them are the id of a token
-_DIGITS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-_STAND_IN = re.compile(f"[{_DIGITS}]{{4}}")
-_ESCAPED = re.compile(r"\\u(fd[de][0-9a-f])")
+# four of them are the id of a token
+_STAND_IN = re.compile(f"[{RESERVED}]{{4}}")
+_ESCAPED = re.compile(r"\\+u(fd[de][0-9a-f])")
 # templates look for them in answers
 _THOUGHTS = re.compile(r"[<\[]/?think(ing)?[>\]]", re.IGNORECASE)
-_DIGIT = re.compile(f"[{_DIGITS}]")
 
 
 class Words:
@@ -62,7 +61,7 @@ class Words:
             own: text -> the beginning of it that is words; the rest stays as it is.
 
         Raises:
-            RowError: there are some and the policy is to refuse them, or the text holds what stand-ins are made of.
+            RowError: the text holds what stand-ins are made of.
         """
         if self._policy == "tokens":
             return value
@@ -76,22 +75,28 @@ class Words:
         return [self.hide(v, name, own) for v in value] if isinstance(value, list) else value
 
     def _hide(self, text: str, name: str) -> str:
-        if digit := _DIGIT.search(text):
-            raise RowError(
-                f"{name} holds U+{ord(digit.group()):04X}, which Unicode keeps free of characters; take it out"
-            )
-        if self._name is None or not (found := self._name.search(text)):
+        check_characters(text, name)
+        if self._name is None:
             return text
-        if self._policy == "refuse":
+        return self._name.sub(lambda match: _stand_in(self._ids[match.group()]), text)
+
+    def check(self, text: str, name: str) -> None:
+        """Refuse a text with stand-ins, where that is the policy.
+
+        Raises:
+            RowError: it has some.
+        """
+        if self._policy == "refuse" and (found := _STAND_IN.search(text)):
             raise RowError(
-                f"{name} holds the special token {found.group()!r} in its words; mend it, or set "
+                f"{name} has the special token {self.show(found.group())!r} in its words; mend them, or set "
                 "bapo.special_tokens_in_words: text"
             )
-        return self._name.sub(lambda match: _stand_in(self._ids[match.group()]), text)
 
     def show(self, text: str) -> str:
         """The text with the names of special tokens in place of their stand-ins."""
-        return _STAND_IN.sub(lambda match: self._names[_number(match.group())], text)
+        return _STAND_IN.sub(
+            lambda match: self._names.get(_number(match.group()), match.group()), text
+        )
 
     def tell(self, message: str) -> str:
         """A message with the names of special tokens, also where it quotes with escapes."""
@@ -137,11 +142,11 @@ class Words:
 
 
 def _stand_in(number: int) -> str:
-    return "".join(_DIGITS[number >> shift & 31] for shift in (15, 10, 5, 0))
+    return "".join(RESERVED[number >> shift & 31] for shift in (15, 10, 5, 0))
 
 
 def _number(stand_in: str) -> int:
     number = 0
     for digit in stand_in:
-        number = number << 5 | _DIGITS.index(digit)
+        number = number << 5 | RESERVED.index(digit)
     return number

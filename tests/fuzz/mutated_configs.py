@@ -34,6 +34,7 @@ ODD: tuple[Any, ...] = (
     *(float("nan"), float("inf"), float("-inf"), date(2024, 2, 30 - 1), b"\xff"),
     *([], {}, [None], [[1]], ["x", "y"], [{}], {"x": {"y": None}}, {1: 2}),
 )
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _TOP = sorted(
     {
         name
@@ -51,11 +52,13 @@ class Case(NamedTuple):
         text: of the file.
         done: mutation and place of each mistake.
         keys: names of which a message must have one.
+        twice: dotted keys that stand twice.
     """
 
     text: str
     done: list[str]
     keys: set[str]
+    twice: list[str]
 
 
 def unknown_keys(config: dict) -> set[str]:
@@ -101,19 +104,19 @@ def rows() -> list[dict[str, str]]:
     return [row | {"base": f"answer {i}"} for i, row in enumerate(found)]
 
 
-def cases(configs: list[dict], seed: int, start: int, stop: int) -> Iterator[tuple[int, Case]]:
+def cases(configs: list[dict], seed: int, count: int) -> Iterator[tuple[int, Case]]:
     """Numbered cases; a case is a function of seed and number alone."""
-    for number in range(start, stop):
+    for number in range(count):
         yield number, _case(Random(f"{seed} {number}"), configs)
 
 
 def _case(random: Random, configs: list[dict]) -> Case:
     config = copy.deepcopy(random.choice(configs))
-    case = Case("", [], set())
+    case = Case("", [], set(), [])
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         mutation = random.choice(_MUTATIONS)
         mutation(random, config, case)
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(config, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
     if random.random() < 0.08:
         text = random.choice((_repeat_line, _break))(random, text, case)
     return case._replace(text=text)
@@ -273,13 +276,14 @@ _MUTATIONS = (
 def _repeat_line(random: Random, text: str, case: Case) -> str:
     """A key twice in its block."""
     lines = text.split("\n")
-    places = [i for i, line in enumerate(lines) if re.match(r" *[a-z_]+: \S", line)]
+    places = [i for i, line in enumerate(lines) if re.match(r"[a-z_]+: [^\s&*|>\"']", line)]
     if not places:
         return text
     i = random.choice(places)
     key = lines[i].split(":")[0].strip()
     case.done.append(f"twice {key}")
     case.keys.add(key)
+    case.twice.append(key)
     return "\n".join([*lines[: i + 1], lines[i].split(":")[0] + ": 3", *lines[i + 1 :]])
 
 

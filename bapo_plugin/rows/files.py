@@ -1,7 +1,7 @@
 """Why a file of rows can't be read, in words that name the line; libraries below often only say that it can't."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bapo_plugin.rows.errors import SHOWN
 _JSON = (".jsonl", ".json", ".ndjson")
 # Arrow's own limit is 64
 _DEEP = 60
+_TOO_DEEP = "nested too deep"
 
 
 def local_files(entry: Mapping[str, Any]) -> list[Path]:
@@ -35,17 +36,15 @@ def what_is_wrong(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         return f"{path}, line {line}: it is not UTF-8 ({error.reason}); save the file as UTF-8"
-    if path.suffix not in _JSON or _is_list(text):
+    if path.suffix not in _JSON:
         return ""
-    faults = list(_faults(text))
+    # some parsers know no NaN; others do, so that it is only said where nothing else is wrong
+    faults = list(_faults(text, None)) or list(_faults(text, _no_number))
     if not faults:
         return ""
-    shown = "\n".join(f"  line {number}: {fault}" for number, fault in faults[:SHOWN])
+    shown = "\n".join(f"  {place}: {fault}" for place, fault in faults[:SHOWN])
     more = f"\n  and {len(faults) - SHOWN:,} more" if len(faults) > SHOWN else ""
-    return (
-        f"{path} must have a JSON object on each line; mend or remove what is none ({len(faults):,} of its lines):\n{shown}"
-        + more
-    )
+    return f"{path} must have a JSON object on each line; mend or remove what is none ({len(faults):,}):\n{shown}{more}"
 
 
 def check_csv(entry: Mapping[str, Any], name: str) -> None:
@@ -93,34 +92,63 @@ def _is_sound(table: pa.Table) -> bool:
     return True
 
 
-def _is_list(text: str) -> bool:
-    """Whether the file is a list of rows."""
+def _faults(text: str, constant: Callable[[str], Any] | None) -> Iterator[tuple[str, str]]:
+    """(line or row, what is wrong with it).
+
+    Args:
+        constant: is given NaN and Infinity.
+    """
     try:
-        return isinstance(json.loads(text), list)
+        rows = json.loads(text)
     except (ValueError, RecursionError):
-        return False
-
-
-def _faults(text: str) -> Iterator[tuple[int, str]]:
+        rows = None
+    if isinstance(rows, list):  # one value, not one on each line
+        for number, row in enumerate(rows, start=1):
+            if fault := _fault(row):
+                yield f"row {number}", fault
+        return
     # lines end at line feeds and nowhere else: words may hold U+2028
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError):
-                shown = f"{error.msg} at character {error.pos + 1}"
-            else:
-                shown = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            yield number, f"{line[:60]!r}: {shown}"
-            continue
-        if not isinstance(row, dict):
-            yield number, f"{line[:60]!r} is no object"
-        elif _depth(row) > _DEEP:
-            yield number, f"{line[:60]!r} is nested too deep"
-        elif not _is_text(line):
-            yield number, f"{line[:60]!r} holds half of a surrogate pair, which is no character"
+            fault = _fault(json.loads(line, object_pairs_hook=_distinct, parse_constant=constant))
+        except json.JSONDecodeError as error:
+            fault = f"{error.msg} at character {error.pos + 1}"
+        except RecursionError:
+            fault = _TOO_DEEP
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            yield f"line {number}", f"{line[:60]!r}: {fault}"
+
+
+def _fault(row: Any) -> str:
+    """What is wrong with a row that Python's own parser takes; "" where nothing is."""
+    if not isinstance(row, dict):
+        return "no object"
+    if _depth(row) > _DEEP:
+        return _TOO_DEEP
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair, which is no character"
+    numbers = (v for v in _leaves(row) if isinstance(v, int))
+    big = next((v for v in numbers if not -(2**63) <= v < 2**63), None)
+    return "" if big is None else f"the number {big!r:.40} is too big"
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        yield value
+        return
+    for part in parts:
+        yield from _leaves(part)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,14 +158,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice")
     return found
-
-
-def _is_text(line: str) -> bool:
-    try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _depth(value: Any) -> int:

@@ -163,7 +163,10 @@ def broken(random: Random, data: bytes) -> bytes:
 
 
 def readable(value: Any) -> Any:
-    """The value without what makes a whole file unreadable: halves of surrogate pairs, and NUL for the sake of CSV."""
+    """The value without what makes a whole file unreadable: halves of surrogate pairs, numbers that JSON or 64 bits don't
+    hold, and NUL for the sake of CSV."""
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        return 5
     if isinstance(value, str):
         return re.sub("[\0\ud800-\udfff]", "", value)
     if isinstance(value, dict):

@@ -30,7 +30,7 @@ TYPES = {
     "llama3.prompt_pairs": (False, False),
     "user_defined": (False, False),
 }
-REMEDY = re.compile(r";|must |can't be loaded|not UTF-8")
+REMEDY = re.compile(r";|must |, see /|rows\d+\.(jsonl|csv), line \d+|is empty")
 ROOM = 100_000  # tokens
 
 

@@ -171,7 +171,7 @@ def read_base(
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(
-            f"base must end with a message of the assistant, not of {_own_role(value, fields)!r}"
+            f"base must end with a message of the assistant, not of {_own_role(value, fields)!r:.60}"
         )
     if not last["content"].strip() and not set(last) - {"role", "content"}:
         return None
@@ -257,7 +257,7 @@ def _response(row: Mapping[str, Any], column: str, name: str, fields: Fields) ->
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(
-            f"{name} must end with a message of the assistant, not of {_own_role(value, fields)!r}; remove what "
+            f"{name} must end with a message of the assistant, not of {_own_role(value, fields)!r:.60}; remove what "
             "comes after the response, or the row"
         )
     if not last["content"].strip() and not last.get("tool_calls"):

@@ -187,7 +187,7 @@ class StrategyRows:
                 role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
                 if isinstance(role, str) and self._fields.roles.get(role, role) != "assistant":
                     raise RowError(
-                        f"{name} must end with a message of the assistant, not of {role!r}; remove what comes after "
+                        f"{name} must end with a message of the assistant, not of {role!r:.60}; remove what comes after "
                         "the response, or the row"
                     )
 
@@ -362,7 +362,7 @@ def _leaves(value: Any, path: Slot) -> Iterator[Slot]:
         # the text of a message before its role and whatever else it has
         for key in sorted(value, key=lambda k: k not in ("content", "value", "answer", "text")):
             yield from _leaves(value[key], (*path, key))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for i in range(1, len(value) + 1):
             yield from _leaves(value[-i], (*path, -i))
     else:

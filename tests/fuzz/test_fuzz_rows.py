@@ -111,7 +111,7 @@ def judge(ledger, number, done, row, reader):
         ledger.counts["reported"] += 1
         if not REMEDY.search(problem) or len(problem) > 1000:
             ledger.fail("NO REMEDY", number, done, problem)
-        if re.search(r"[\ufdd0-\ufdef]", problem):
+        if re.search(r"[\ufdd0-\ufdef]", problem) and "ufdd0" not in ascii(row):
             ledger.fail("STAND-IN", number, done, problem)
         return
     ledger.counts["taken"] += 1
@@ -126,7 +126,10 @@ def judge(ledger, number, done, row, reader):
     calm = reader.tokens({k: v if k.startswith("base") else harmless(v) for k, v in row.items()})
     if not calm["problem"]:
         for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            if reader.specials(found[part]) != reader.specials(calm[part]):
+            ours, theirs = reader.specials(found[part]), reader.specials(calm[part])
+            if part != "prompt_ids":  # a response may bring its own end of turn
+                ours, theirs = ours[:-1], theirs[:-1]
+            if ours != theirs:
                 ledger.fail("SPECIAL TOKENS", number, done, f"{part}: {shown}")
 
 

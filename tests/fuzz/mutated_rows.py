@@ -136,7 +136,7 @@ def _same(random: Random, row: Row) -> None:
 
 def _long(random: Random, row: Row) -> None:
     block, key = _pick(random, row)
-    if isinstance(block[key], str) and key != "role":
+    if isinstance(block[key], str) and key != "role" and len(block[key]) < 1000:
         block[key] *= random.choice((20, 200))
         row.done.append(f"{key} repeated")
 

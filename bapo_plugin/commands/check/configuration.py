@@ -153,7 +153,10 @@ def stray_keys(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     names = _names(schema) | {"bapo"}  # where the plugin isn't active, something else is said
     near, strange = [], []
     for key in map(str, raw):
-        if key in names or key.startswith(("x-", "_", ".")):  # a place for YAML's own anchors
+        if key in names:
+            continue
+        is_ours = "bapo" not in raw and _nearest(key, ["bapo"])
+        if key.startswith(("x-", "_", ".")) and not is_ours:  # a place for YAML's own anchors
             continue
         if found := _nearest(key, names):
             near.append(f"{key}: axolotl has no such key and ignores it; did you mean {found}?")

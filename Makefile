@@ -4,6 +4,7 @@
 # make audit   bandit over the code, pip-audit over the locks (asks PyPI)
 # make test-versions     the quick tests with each supported axolotl: 0.19, 0.20, 0.21
 # make docs    the documents as a site in build/site
+# make fuzz    10,000 mutated YAMLs and rows; another number or seed: make fuzz BAPO_FUZZ=1000 BAPO_FUZZ_SEED=2
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -21,9 +22,9 @@ BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu lint audit format docs bench
+.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu fuzz lint audit format docs bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 install:
 	@.ci/install "$(VENV)"
@@ -48,6 +49,11 @@ test-versions: install
 test-deepspeed: install
 	@.ci/install-deepspeed "$(VENV)"
 	@PATH="$$(cd "$(VENV)-deepspeed/bin" && pwd):$$PATH" python -m pytest $(DEEPSPEED_TESTS) tests/integration/test_distributed.py -k zero
+
+BAPO_FUZZ ?= 10000
+BAPO_FUZZ_SEED ?= 1
+fuzz: install
+	@$(RUN) BAPO_FUZZ=$(BAPO_FUZZ) BAPO_FUZZ_SEED=$(BAPO_FUZZ_SEED) python -m pytest -rP -W ignore $(TESTS)/fuzz | grep -v "^\["
 
 test-gpu: install
 	@$(RUN) python -m pytest -m gpu tests/gpu

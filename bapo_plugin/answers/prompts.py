@@ -11,6 +11,7 @@ from datasets import Dataset
 from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
+from bapo_plugin.blocks import WordsPolicy
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.table import digest
 from bapo_plugin.rows.template import ChatTemplate
@@ -36,6 +37,7 @@ class Asker:
         now: what a template that writes the date gets to hear.
         own_stops: tokens that end an answer besides those of tokenizer, model and template
             (`bapo.anchors.stop`).
+        policy: special tokens in the words of prompts (`bapo.special_tokens_in_words`).
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Asker:
         tokenizer: Any,
         now: datetime | None = None,
         own_stops: Iterable[int] = (),
+        policy: WordsPolicy = "text",
     ):
         self._tokenizer = tokenizer
         self._now = now
+        self._policy = policy
         self._named = stops_of(tokenizer, model)
         ends: list[int | None] = []
         if tokenizer.chat_template:
@@ -59,7 +63,9 @@ class Asker:
             raise ValueError(
                 "the tokenizer has no chat template to ask prompts with; set `chat_template:` in the YAML"
             )
-        return ChatTemplate(self._tokenizer, self._tokenizer.chat_template, self._named, self._now)
+        return ChatTemplate(
+            self._tokenizer, self._tokenizer.chat_template, self._named, self._now, self._policy
+        )
 
     def ask(
         self,
@@ -73,13 +79,15 @@ class Asker:
             ValueError: the tokenizer has no chat template, or it refuses a chat.
         """
         template = self._template()
+        encode = Encoder(self._tokenizer, from_template=True, words=template.words)
         texts = []
         for i, chat in enumerate(chats, start=1):
             try:
                 texts.append(template.ask(chat))
+                encode.check(texts[-1])
             except RowError as error:
                 raise ValueError(f"prompt {i} can't be asked: {error}") from error
-        prompts = Encoder(self._tokenizer, from_template=True)(texts)
+        prompts = encode(texts)
         answers = self.answer(prompts, max_new_tokens, on_answers)
         words = [chat[-1]["content"] for chat in chats]
         return [FormerAnswer(*parts) for parts in zip(words, prompts, answers, strict=True)]

@@ -137,7 +137,7 @@ def test_each_has_a_folder_and_goes_on_unless_it_says_otherwise(here):
         ({"a": {"val_set_size": 0}}, "no held-out rows"),
         ({"a": {"bapo": {"anchor_wieght": 1}}}, "a: rl: bapo can't run with this configuration"),
         ({"a": "plain"}, "a: 'plain' must be a mapping"),
-        ("- a", "must be a mapping of keys to values"),
+        ("- a", "must be a block of settings"),
         ("a: {", "can't be read as YAML"),
         ("{}", "there are no personas"),
     ],

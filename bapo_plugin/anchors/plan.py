@@ -111,7 +111,6 @@ def with_keys(
         remove_columns=columns,
         features=Features({"key": Value("string"), "limit": Value("int64")}),
         num_proc=num_proc,
-        load_from_cache_file=False,
         desc="Naming the base responses that rows lack",
     )
     return concatenate_datasets([rows, keys], axis=1)

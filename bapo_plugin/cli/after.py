@@ -18,6 +18,7 @@ from bapo_plugin.cli.arguments import (
     EvalTasks,
     ExportAdapter,
     ExportBase,
+    ExportDtype,
     ExportLlamaCpp,
     ExportOuttype,
     ExportRounded,
@@ -164,6 +165,7 @@ def export(
         ),
     ] = None,
     base: ExportBase = None,
+    dtype: ExportDtype = None,
     rounded: ExportRounded = False,
     check: Annotated[
         bool,
@@ -206,6 +208,7 @@ def export(
                 to,
                 output=output,
                 base=base,
+                dtype=dtype,
                 rounded=rounded,
                 check=check,
                 outtype=outtype,

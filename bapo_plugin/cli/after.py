@@ -19,6 +19,7 @@ from bapo_plugin.cli.arguments import (
     EvalTasks,
     ExportAdapter,
     ExportBase,
+    ExportDtype,
     ExportLlamaCpp,
     ExportOuttype,
     ExportRounded,
@@ -213,6 +214,7 @@ def export(
         ),
     ] = None,
     base: ExportBase = None,
+    dtype: ExportDtype = None,
     rounded: ExportRounded = False,
     check: Annotated[
         bool,
@@ -255,6 +257,7 @@ def export(
                 to,
                 output=output,
                 base=base,
+                dtype=dtype,
                 rounded=rounded,
                 check=check,
                 outtype=outtype,

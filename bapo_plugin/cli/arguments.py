@@ -97,6 +97,13 @@ ExportBase = Annotated[
         help="Folder of the base model, where it isn't where the run found it; with --to hub its name there.",
     ),
 ]
+ExportDtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(
+        help="merged, gguf: of the merged weights. bfloat16 rounds small changes away. Default: as the base was published; "
+        "for gguf float16."
+    ),
+]
 ExportRounded = Annotated[
     bool,
     typer.Option(

@@ -109,12 +109,23 @@ def test_the_merged_model_is_the_trained_one(base, tmp_path, variant):
     if actual.shape == before.shape:
         assert (expected - before).abs().mean() > 0.2  # there was something to merge
     assert (actual - expected).abs().mean() < 0.05
-    assert found["drift"]["per_token"] < 0.05
+    assert found["drift"]["per_token"] < 0.05 and found["drift"]["share"] > 0.95
     assert found["drift"]["merged"] == pytest.approx(found["drift"]["adapter"], abs=0.5)
     # beside the model lie tokenizer and template, and nothing half written
     tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_rounding_takes_of_a_small_adapter_is_said_and_a_finer_dtype_keeps_it(base, tmp_path):
+    folder = adapter(base, tmp_path / "mine", std=0.002)
+    found = json.loads(run(folder, "--to", "merged", "--json").stdout)
+    assert found["drift"]["share"] < 0.9 and "Rounding to bfloat16 leaves" in found["notes"][-1]
+    more = ["--dtype", "float32", "-o", tmp_path / "fine"]
+    fine = json.loads(run(folder, "--to", "merged", "--json", *more).stdout)
+    assert fine["drift"]["share"] == pytest.approx(1, abs=0.01) and fine["notes"] == []
+    actual = log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "fine"))
+    assert (actual - trained(base, folder)).abs().max() < 1e-3
 
 
 def test_a_merge_that_loses_the_adapter_is_refused_and_nothing_is_left(base, tmp_path, monkeypatch):
@@ -343,7 +354,7 @@ def test_a_gguf_file_is_made_of_the_merged_model_by_llama_cpp(base, tmp_path, ll
     assert result.exit_code == 0, result.output
     file = folder / "gguf/mine-q8_0.gguf"
     assert (
-        f"llama.cpp/convert_hf_to_gguf.py {folder / 'merged'} --outfile {file} --outtype q8_0"
+        f"llama.cpp/convert_hf_to_gguf.py {folder / 'gguf/merged'} --outfile {file} --outtype q8_0"
         in text
     )
     assert file.with_suffix(".Modelfile").read_text() == "FROM ./mine-q8_0.gguf\n"
@@ -352,17 +363,18 @@ def test_a_gguf_file_is_made_of_the_merged_model_by_llama_cpp(base, tmp_path, ll
     assert "made before" in result.output and "convert_hf_to_gguf" not in result.output
     assert file.read_text() == "q8_0 ['model.safetensors'] None"
     assert run(folder, "--to", "gguf").exit_code == 2  # nothing is overwritten
-    (folder / "merged/fail").touch()
+    (folder / "gguf/merged/fail").touch()
     result = run(folder, "--to", "gguf", "--llama-cpp", llama_cpp, "--outtype", "f16")
     assert result.exit_code == 2 and "no such architecture" in result.output
     assert sorted(path.name for path in (folder / "gguf").iterdir()) == [
         "mine-f16.Modelfile",
         "mine-q8_0.Modelfile",
         file.name,
+        "merged",
     ]
     edit(folder / "adapter_config.json", lora_alpha=9)
     result = run(folder, "--to", "gguf", "--outtype", "f16")
-    assert result.exit_code == 2 and "another state of the adapter" in result.output
+    assert result.exit_code == 2 and "isn't empty" in result.output
 
 
 def test_an_adapter_alone_becomes_a_gguf_file_only_where_llama_cpp_scales_it_right(

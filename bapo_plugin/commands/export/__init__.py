@@ -18,6 +18,7 @@ def export(
     *,
     output: Path | None = None,
     base: str | None = None,
+    dtype: str | None = None,
     rounded: bool = False,
     check: bool = True,
     outtype: str = "q8_0",
@@ -35,7 +36,7 @@ def export(
         to: of `KINDS`.
         output: folder to write to; the default is one in the run's.
         base: folder or name of the base model, in place of what the run recorded.
-        rounded, check: of `merged` and `gguf`; see `merged.merge`.
+        dtype, rounded, check: of `merged` and `gguf`; see `merged.merge`.
         outtype, as_adapter, llama_cpp: of `gguf`; see `gguf.convert`.
         repo, public, dry_run, say: of `hub`; see `hub.publish`.
 
@@ -67,9 +68,10 @@ def export(
             outtype=outtype,
             as_adapter=as_adapter,
             llama_cpp=llama_cpp,
+            dtype=dtype,
             rounded=rounded,
             check=check,
         )
     from bapo_plugin.commands.export.merged import merge
 
-    return merge(source, output, rounded=rounded, check=check)
+    return merge(source, output, dtype=dtype, rounded=rounded, check=check)

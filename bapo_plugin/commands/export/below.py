@@ -15,8 +15,13 @@ from bapo_plugin.compat import keep_4bit_trainable_on_cpu
 _ROOM = 1.05  # beyond the weights: tokenizer, config, one layer twice
 
 
-def bytes_of_base(source: Source, base: Path) -> int:
+def bytes_of_base(source: Source, base: Path, dtype: str | None) -> int:
     """What its weights need on a disk and in memory, with some room.
+
+    Args:
+        source: with an adapter.
+        base: folder.
+        dtype: that they will have; None: as published.
 
     Raises:
         ValueError: it is published quantised, or has no weights.
@@ -33,7 +38,10 @@ def bytes_of_base(source: Source, base: Path) -> int:
         raise ValueError(
             f"base model: {base} has no weights (*.safetensors); name a folder that has them with --base"
         )
-    return int(sum(path.stat().st_size for path in files) * _ROOM)
+    bytes_now = sum(path.stat().st_size for path in files)
+    published = config.dtype or torch.float32
+    wider = getattr(torch, dtype).itemsize / published.itemsize if dtype else 1
+    return int(bytes_now * wider * _ROOM)
 
 
 def place_for(needed: int) -> torch.device:
@@ -55,9 +63,14 @@ def place_for(needed: int) -> torch.device:
 
 
 def load(
-    source: Source, base: Path, device: torch.device, tokenizer: Any, weights: str = "published"
+    source: Source,
+    base: Path,
+    device: torch.device,
+    tokenizer: Any,
+    weights: str = "published",
+    dtype: str | None = None,
 ) -> PeftModel:
-    """The base with the adapter on it, in the dtype that it was published in.
+    """The base with the adapter on it.
 
     Args:
         source: with an adapter.
@@ -65,13 +78,14 @@ def load(
         device: for the whole model.
         tokenizer: of the run.
         weights: "published"; "quantised" as in training, by bitsandbytes; "rounded": quantised, and back in the dtype.
+        dtype: None: the one that it was published in.
 
     Raises:
         ValueError: the adapter doesn't fit the base.
     """
     model = AutoModelForCausalLM.from_pretrained(
         str(base),
-        dtype="auto",
+        dtype=dtype or "auto",
         device_map={"": device},
         quantization_config=None if weights == "published" else _quantization(source, device),
         trust_remote_code=source.trusts,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bapo_plugin.commands.export.result import Command, Result
 from bapo_plugin.commands.export.source import Source, compare_templates
@@ -31,6 +32,7 @@ def convert(
     outtype: str = "q8_0",
     as_adapter: bool = False,
     llama_cpp: Path | None = None,
+    dtype: str | None = None,
     rounded: bool = False,
     check: bool = True,
 ) -> Result:
@@ -39,11 +41,11 @@ def convert(
     Args:
         source: an adapter or a whole model.
         output: folder of the GGUF file and the Modelfile. Default: `gguf` in the run's. The merged model goes to `merged`
-            beside the run, and is taken from there if it is of this adapter.
+            in it, unless it lies there or in the run's folder.
         outtype: of `OUTTYPES`.
         as_adapter: no merging: a GGUF file of the adapter alone.
         llama_cpp: folder of llama.cpp with the converters; default: those on PATH.
-        rounded, check: see `merged.merge`.
+        dtype, rounded, check: see `merged.merge`; here float16 is the default, which keeps what bfloat16 would round away.
 
     Raises:
         ValueError: there is no converter where one was named, it fails, or the adapter can't be converted as it was trained.
@@ -55,7 +57,7 @@ def convert(
     if as_adapter:
         result = _adapter(source, output, name, outtype)
     else:
-        result = _merged(source, output, name, outtype, rounded, check)
+        result = _merged(source, output, name, outtype, dtype or "float16", rounded, check)
     model = output / result.found["gguf"]
     if model.exists():
         raise ValueError(
@@ -106,24 +108,28 @@ def check_adapter(source: Source) -> None:
 
 
 def _merged(
-    source: Source, output: Path, name: str, outtype: str, rounded: bool, check: bool
+    source: Source, output: Path, name: str, outtype: str, dtype: str, rounded: bool, check: bool
 ) -> Result:
     from bapo_plugin.commands.export.merged import RECORD, adapter_hash, merge
 
-    target = source.folder / "merged"
-    record = target / RECORD
-    if source.adapter is not None and record.is_file():
-        made = json.loads(record.read_text("utf-8"))
-        if (made["adapter_sha256"], made["rounded"]) != (adapter_hash(source), rounded):
-            raise ValueError(
-                f"{target} was merged from another state of the adapter, or otherwise rounded; remove it, and it is made anew"
-            )
+    wanted = {"rounded": rounded, "dtype": dtype}
+    if source.adapter is not None:
+        wanted["adapter_sha256"] = adapter_hash(source)
+    made = next(
+        (
+            folder
+            for folder in (source.folder / "merged", output / "merged")
+            if _is(folder / RECORD, wanted)
+        ),
+        None,
+    )
+    if source.adapter is not None and made:
         template = compare_templates(source)
         result = Result(source.facts(), [*source.notes(), *template.notes])
-        result.facts += [("template", template.phrase), ("merged", f"{target}, made before")]
-        result.found["folder"] = str(target)
+        result.facts += [("template", template.phrase), ("merged", f"{made}, made before")]
+        result.found["folder"] = str(made)
     else:
-        result = merge(source, target, rounded=rounded, check=check)
+        result = merge(source, output / "merged", dtype=dtype, rounded=rounded, check=check)
     folder, file = Path(result.found["folder"]), f"{name}-{outtype}.gguf"
     result.found |= {"gguf": file, "modelfile": [f"FROM ./{file}"]}
     result.commands = [
@@ -134,6 +140,14 @@ def _merged(
         *_ollama(name, output / file),
     ]
     return result
+
+
+def _is(record: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a folder has the model that is wanted, merged before."""
+    if not record.is_file():
+        return False
+    made = json.loads(record.read_text("utf-8"))
+    return all(made.get(key) == value for key, value in wanted.items())
 
 
 def _adapter(source: Source, output: Path, name: str, outtype: str) -> Result:

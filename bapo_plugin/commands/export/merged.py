@@ -4,6 +4,7 @@ An adapter that was trained on 4-bit weights has learned what to add to *rounded
 or, where that is asked for, to the weights that training saw; the drift of former answers says what the difference is.
 """
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from bapo_plugin.answers.prompts import FormerAnswer
 from bapo_plugin.commands.export.below import bytes_of_base, load, place_for
 from bapo_plugin.commands.export.kept import (
+    WHOLE,
     check_kept,
     former_answers,
     logps_off_and_on,
@@ -37,14 +39,20 @@ _MUCH = 1.0
 
 
 def merge(
-    source: Source, output: Path | None = None, *, rounded: bool = False, check: bool = True
+    source: Source,
+    output: Path | None = None,
+    *,
+    dtype: str | None = None,
+    rounded: bool = False,
+    check: bool = True,
 ) -> Result:
     """Write the merged model to a folder, whole or not at all.
 
     Args:
         source: with an adapter; of a whole model nothing is written.
         output: a folder that doesn't exist or is empty. Default: `merged` in the run's.
-        rounded: merge into the 4-bit weights that training saw, in the base's dtype again.
+        dtype: of the merged weights: bfloat16, float16 or float32. Default: that of the base as published.
+        rounded: merge into the 4-bit weights that training saw, in that dtype again.
         check: compare log-probs of former answers before and after.
 
     Returns:
@@ -60,7 +68,7 @@ def merge(
         result.facts.append(("template", template.phrase))
         result.notes.append(f"There is nothing to merge: {source.folder} is the model itself")
         result.found["folder"] = str(source.folder)
-        result.commands += next_commands(source.folder, source.name)
+        result.commands += _next_commands(source.folder, source)
         return result
     if rounded and source.bits != 4:
         raise ValueError(
@@ -68,7 +76,7 @@ def merge(
         )
     output = output or source.folder / "merged"
     base = source.base_folder()
-    needed = bytes_of_base(source, base)
+    needed = bytes_of_base(source, base, dtype)
     _check_target(output, needed)
     device = place_for(needed)
     result.facts += [
@@ -79,7 +87,7 @@ def merge(
     tokenizer = AutoTokenizer.from_pretrained(
         str(source.tokenizer_folder or base), trust_remote_code=source.trusts
     )
-    model = load(source, base, device, tokenizer, "rounded" if rounded else "published")
+    model = load(source, base, device, tokenizer, "rounded" if rounded else "published", dtype)
     if check:
         with model.disable_adapter():
             answers = former_answers(model, tokenizer)
@@ -98,7 +106,7 @@ def merge(
             "tokens": len(merged),
             "adapter": float((adapter - before).sum()) / n,
             "merged": float((merged - before).sum()) / n,
-            "per_token": check_kept(adapter, merged),
+            **dataclasses.asdict(check_kept(before, adapter, merged, model.dtype)),
         }
     dtype = str(model.dtype).removeprefix("torch.")
     with _whole_or_nothing(output) as folder:
@@ -113,29 +121,35 @@ def merge(
             "revision": source.revision,
             "adapter_sha256": adapter_hash(source),
             "rounded": rounded,
+            "dtype": dtype,
             "drift": drift,
         }
         (folder / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
     result.facts.append(("weights", _weights(source, dtype, rounded)))
     if drift:
         result.facts += _drift_facts(drift)
+        if drift["share"] < WHOLE:
+            result.notes.append(
+                f"Rounding to {dtype} leaves about {drift['share']:.0%} of what the adapter changed: steps of the published weights "
+                "are larger than it. --dtype float16 or float32 keeps it, and so does serving the adapter itself (--to vllm)"
+            )
     else:
         result.notes.append("The merged model was not compared with the trained one (--no-check)")
     result.wrote.append(output)
     result.found |= {"folder": str(output), "drift": drift, "dtype": dtype}
-    result.commands += next_commands(output, source.name)
+    result.commands += _next_commands(output, source)
     return result
 
 
-def next_commands(folder: Path, name: str) -> list[Command]:
-    """What a merged model can be used for."""
+def _next_commands(folder: Path, source: Source) -> list[Command]:
     return [
         Command(
-            "Serve it with vLLM", [["vllm", "serve", str(folder)], ["--served-model-name", name]]
+            "Serve it with vLLM",
+            [["vllm", "serve", str(folder)], ["--served-model-name", source.name]],
         ),
         Command(
-            "Or make a GGUF file of it, for llama.cpp and Ollama",
-            [["bapo", "export", str(folder)], ["--to", "gguf"]],
+            "For llama.cpp and Ollama",
+            [["bapo", "export", str(source.folder)], ["--to", "gguf"]],
         ),
     ]
 
@@ -259,9 +273,10 @@ def _weights(source: Source, dtype: str, rounded: bool) -> str:
 def _drift_facts(drift: dict[str, float | int]) -> list[tuple[str, str]]:
     text = (
         f"{drift['adapter']:+.2f} nats an answer with the adapter, {drift['merged']:+.2f} merged "
-        f"({drift['prompts']} former answers; {drift['per_token']:.4f} apart a token)"
+        f"({drift['prompts']} former answers)"
     )
-    found = [("drift", text)]
+    found = [("drift", text), ("kept", f"{drift['share']:.0%} of what the adapter changed")]
     if "as_trained" in drift:
-        found.append(("", f"{drift['as_trained']:+.2f} on the rounded weights of training"))
+        text = f"{drift['as_trained']:+.2f} nats an answer, with the adapter on the rounded weights of training"
+        found.insert(1, ("as trained", text))
     return found

@@ -367,10 +367,10 @@ def test_a_gguf_file_is_made_of_the_merged_model_by_llama_cpp(base, tmp_path, ll
     result = run(folder, "--to", "gguf", "--llama-cpp", llama_cpp, "--outtype", "f16")
     assert result.exit_code == 2 and "no such architecture" in result.output
     assert sorted(path.name for path in (folder / "gguf").iterdir()) == [
+        "merged",
         "mine-f16.Modelfile",
         "mine-q8_0.Modelfile",
         file.name,
-        "merged",
     ]
     edit(folder / "adapter_config.json", lora_alpha=9)
     result = run(folder, "--to", "gguf", "--outtype", "f16")

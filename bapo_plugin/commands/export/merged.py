@@ -264,10 +264,10 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 def _weights(source: Source, dtype: str, rounded: bool) -> str:
     if rounded:
-        return f"{dtype}, rounded to 4 bits as in training, with the adapter added"
+        return f"{dtype}, the base rounded to 4 bits as in training and the adapter"
     if source.bits:
-        return f"{dtype}, the base's own, with an adapter added that was trained on {source.bits}-bit ones"
-    return f"{dtype}, the base's own, with the adapter added"
+        return f"{dtype}, the base as published and an adapter that was trained on {source.bits}-bit weights"
+    return f"{dtype}, the base as published and the adapter"
 
 
 def _drift_facts(drift: dict[str, float | int]) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """Why a file of rows can't be read, in words that name the line; libraries below often only say that it can't."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,12 @@ from bapo_plugin.rows.errors import SHOWN
 _JSON = (".jsonl", ".json", ".ndjson")
 # Arrow's own limit is 64
 _DEEP = 60
+# an escape of half a pair, as far as bytes tell
+_HALF = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
+)
+_HALF_SAID = "it holds half of a surrogate pair, which is no character"
 _TOO_DEEP = "nested too deep"
 
 
@@ -47,22 +55,31 @@ def what_is_wrong(path: Path) -> str:
     return f"{path} must have a JSON object on each line; mend or remove what is none ({len(faults):,}):\n{shown}{more}"
 
 
-def check_csv(entry: Mapping[str, Any], name: str) -> None:
-    """Refuse CSV files in which a cell would be cut without a word.
+def check_files(entry: Mapping[str, Any], name: str) -> None:
+    """Refuse files of which a part would be lost without a word.
 
     Raises:
-        ValueError: there is a NUL byte, where the parser ends a cell.
+        ValueError: a NUL byte in CSV, where the parser ends a cell; half of a surrogate pair in JSON, which some of its
+            parsers drop.
     """
     for path in local_files(entry):
-        if path.suffix != ".csv":
-            continue
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if b"\0" in line:
-                    raise ValueError(
-                        f"{name}: {path}, line {number} holds a NUL byte, behind which the CSV parser drops the rest of the cell; "
-                        "take it out, or write the rows as JSONL"
-                    )
+        if path.suffix == ".csv":
+            _check_csv(path, name)
+        elif path.suffix in _JSON and path.stat().st_size:
+            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                has_half = _HALF.search(data)
+            if has_half and _HALF_SAID in (wrong := what_is_wrong(path)):
+                raise ValueError(f"{name} can't be loaded: {wrong}")
+
+
+def _check_csv(path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if b"\0" in line:
+                raise ValueError(
+                    f"{name}: {path}, line {number} holds a NUL byte, behind which the CSV parser drops the rest of the cell; "
+                    "take it out, or write the rows as JSONL"
+                )
 
 
 def check_utf8(rows: Dataset, name: str) -> None:
@@ -132,7 +149,7 @@ def _fault(row: Any) -> str:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "it holds half of a surrogate pair, which is no character"
+        return _HALF_SAID
     numbers = (v for v in _leaves(row) if isinstance(v, int))
     big = next((v for v in numbers if not -(2**63) <= v < 2**63), None)
     return "" if big is None else f"the number {big!r:.40} is too big"

@@ -10,7 +10,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
 
 from bapo_plugin.rows.conversation import Fields, is_blank
-from bapo_plugin.rows.files import check_csv, check_utf8, local_files, what_is_wrong
+from bapo_plugin.rows.files import check_files, check_utf8, local_files, what_is_wrong
 from bapo_plugin.rows.template import RenderedRow
 from bapo_plugin.rows.tokens import Encoder
 
@@ -49,7 +49,7 @@ def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple
     Raises:
         ValueError: it can't be loaded, has no rows, or not the split.
     """
-    check_csv(entry, name)
+    check_files(entry, name)
     for config in datasets_with_name_generator([entry]):
         try:
             rows = load_dataset_with_config(config, token, streaming=False)

@@ -18,6 +18,8 @@ _STAND_IN = re.compile(f"[{RESERVED}]{{4}}")
 _ESCAPED = re.compile(r"\\+u(fd[de][0-9a-f])")
 # templates look for them in answers
 _THOUGHTS = re.compile(r"[<\[]/?think(ing)?[>\]]", re.IGNORECASE)
+# of one that a quotation cut
+_PART = re.compile(f"[{RESERVED}]+")
 
 
 class Words:
@@ -100,7 +102,8 @@ class Words:
 
     def tell(self, message: str) -> str:
         """A message with the names of special tokens, also where it quotes with escapes."""
-        return self.show(_ESCAPED.sub(lambda match: chr(int(match.group(1), 16)), message))
+        shown = self.show(_ESCAPED.sub(lambda match: chr(int(match.group(1), 16)), message))
+        return _PART.sub("…", shown)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
         """Ids of a text with stand-ins, which become text; None where there are none.

@@ -7,6 +7,8 @@ from collections import Counter
 SEED = int(os.environ.get("BAPO_FUZZ_SEED", "1"))
 # cases; without it as many as fit into `make test`
 COUNT = int(os.environ.get("BAPO_FUZZ", "0"))
+# of which only these, to see a failure again
+CASES = set(map(int, filter(None, os.environ.get("BAPO_FUZZ_CASES", "").split(","))))
 
 
 class Ledger:

@@ -11,7 +11,7 @@ import yaml
 from axolotl.integrations.base import PluginManager
 from axolotl.utils import config as axolotls
 from axolotl.utils.dict import DictDefault
-from ledger import COUNT, SEED, Ledger
+from ledger import CASES, COUNT, SEED, Ledger
 from tiny import make_tokenizer, save_model, write_jsonl
 
 from bapo_plugin.commands.check import configuration, gather
@@ -79,6 +79,8 @@ def test_configurations(folder, raised, monkeypatch):
         raise FarEnough("far enough")
 
     for number, case in mutated_configs.cases(configs, SEED, COUNT or 300):
+        if CASES and number not in CASES:
+            continue
         path.write_bytes(case.text.encode("utf-8", "surrogatepass"))
         monkeypatch.setattr(gather, "Preparation", prepare if number % DEPTH == 0 else stop)
         PluginManager._instance = None
@@ -118,7 +120,8 @@ def judge(ledger, number, case, raw, facts, raised):
             if f"{key}: " not in errors or not ("did you mean" in errors or "known keys" in errors):
                 ledger.fail("UNKNOWN KEY", number, case.done, f"{key} in: {errors}")
     for key in mutated_configs.strange_keys(raw):
-        if key not in said:
+        # "_x" and the like are a place for YAML's own anchors
+        if key not in said and not key.startswith(("x-", "_", ".")):
             ledger.fail("SILENCE", number, case.done, f"{key} in: {said}")
     for key in case.twice:
         if f"{key}: stands twice" not in said and "can't be read as YAML" not in errors:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from axolotl.utils.dict import DictDefault
-from ledger import COUNT, SEED, Ledger
+from ledger import CASES, COUNT, SEED, Ledger
 from templates import TEMPLATES, known
 from tiny import make_rows, make_tokenizer, write_jsonl
 
@@ -87,7 +87,7 @@ def test_rows(tmp_path):
     ledger = Ledger()
     write_jsonl(tmp_path / "seed.jsonl", make_rows(2))
     readers = {}
-    for number in range(COUNT or 300):
+    for number in CASES or range(COUNT or 300):
         random = Random(f"{SEED} {number}")
         kind = random.choice([*TYPES, *["chat_template.default"] * 3])
         name = random.choice(list(TEMPLATES))
@@ -225,7 +225,8 @@ def flat(row):
     """The row as a table can hold it: text or nothing."""
     columns = ("prompt", "chosen", "rejected", "base")
     cells = {name: row.get(name) for name in columns}
-    return {name: None if v is None else str(v) for name, v in cells.items()}
+    texts = {name: v and str(v).encode("utf-8", "replace").decode() for name, v in cells.items()}
+    return {name: text or None for name, text in texts.items()}
 
 
 def write(path, rows):
@@ -234,7 +235,6 @@ def write(path, rows):
         text = "\n".join(rows) if path.suffix == ".jsonl" else f"[{','.join(rows)}]"
         path.write_text(text, "utf-8")
         return
-    rows = [{k: v and v.encode("utf-8", "replace").decode() for k, v in r.items()} for r in rows]
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
         return

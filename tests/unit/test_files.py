@@ -46,6 +46,22 @@ def test_the_line_is_named(tmp_path, text, said):
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize("half", ["\\ud800 a", "\\udc00", "\\ud83d\\ude00\\ude00", "\\uDBFFx"])
+def test_half_a_character_is_not_dropped_without_a_word(tmp_path, half):
+    """`datasets` drops it in lists, and where a column has several types."""
+    row = json.dumps(ROW).replace("why", half)
+    with pytest.raises(ValueError, match="row 2: it holds half of a surrogate pair"):
+        read(tmp_path, f"[{json.dumps(ROW)}, {row}]", "rows.json")
+    with pytest.raises(ValueError, match="line 2: .*half of a surrogate pair"):
+        read(tmp_path, lines(ROW | {"prompt": 5}, row))
+
+
+@pytest.mark.parametrize("whole", ["\U0001f600", "\\ud800 as text", "\U0001f600\U0001f600"])
+def test_whole_characters_are_none_of_their_halves(tmp_path, whole):
+    rows = [ROW | {"prompt": whole}]
+    assert read(tmp_path, json.dumps(rows), "rows.json")[0]["prompt"] == whole
+
+
 def test_a_list_of_rows_is_named_by_row(tmp_path):
     rows = [ROW | {"x": "a"}, ROW | {"x": 10**30}]
     with pytest.raises(ValueError, match="row 2: the number 1000"):

@@ -103,7 +103,10 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
             raise ValueError(not_bapo(config)) from None
         raise ValueError(_in_words(error)) from None
     except (ImportError, OSError) as error:  # a plugin, or a file that the YAML names
-        raise ValueError(f"{type(error).__name__}: {error}; check what {config} names") from error
+        raise ValueError(
+            f"{type(error).__name__}: {' '.join(str(error).split())}; check base_model: {raw.get('base_model')!r} and what else "
+            f"{config} names"
+        ) from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         if any(_is_ours(frame.filename) for frame in frames[1:]):

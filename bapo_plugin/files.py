@@ -68,6 +68,32 @@ def whole(path: Path, instead: str) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: Path, instead: str) -> Iterator[Path]:
+    """Gives a folder beside the target, which becomes the target at the end; nothing is left of it after an error.
+
+    Args:
+        path: not there, or an empty folder.
+        instead: see `write_whole`.
+
+    Raises:
+        NotWritten: it can't be written.
+    """
+    with writing(path, instead):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            yield folder
+            umask = os.umask(0)
+            os.umask(umask)
+            folder.chmod(0o777 & ~umask)
+            if path.is_dir():
+                path.rmdir()  # empty, or this fails
+            folder.rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def writing(path: Path, instead: str) -> Iterator[None]:
     """Inside, an error that says that a disk is full or a folder can't be written to becomes a message.
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from datasets import Dataset
 from disks import Disk
 from helpers import bapo_trainer, lora_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_rows
 from transformers import TrainerState
 
@@ -21,9 +22,9 @@ from bapo_plugin import last_word, preparation
 from bapo_plugin.cli.arguments import errors_in_a_line
 from bapo_plugin.commands import anchors
 from bapo_plugin.evaluation.output import write_result
-from bapo_plugin.files import must_be_writable, of_the_disk, write_whole
+from bapo_plugin.files import must_be_writable, of_the_disk, whole_folder, write_whole
 from bapo_plugin.report import page
-from bapo_plugin.rows.table import Faults
+from bapo_plugin.rows.faults import Faults
 from bapo_plugin.runs import RECORD, STATE
 from bapo_plugin.store import Store, StoreDamaged
 from bapo_plugin.training.checkpoints import whole_checkpoint
@@ -40,9 +41,10 @@ def disk(tmp_path):
 
 
 def faulty_rows(path, text):
+    problems = [text[i : i + 1000] for i in range(0, len(text), 1000)]
+    rows = Dataset.from_dict({"row": list(range(len(problems))), "problem": problems})
     faults = Faults(path.parent, "drop")
-    faults.path = path
-    faults._faulty = {"rows": [(i, text[:1000]) for i in range(len(text) // 1000)]}
+    faults.take("rows", rows.add_column("notice", [""] * len(rows)), len(rows))
     faults._write()
 
 
@@ -88,6 +90,22 @@ def test_parquet_of_a_file_that_says_its_errors_later_is_that_of_a_plain_one(tmp
     anchors._write(rows, tmp_path / "ours.parquet")
     rows.to_parquet(str(tmp_path / "plain.parquet"))
     assert (tmp_path / "ours.parquet").read_bytes() == (tmp_path / "plain.parquet").read_bytes()
+
+
+def test_a_folder_is_made_whole_or_not_at_all(disk):
+    def make(folder):
+        (folder / "first").write_text("small")
+        save_file({"a": torch.zeros(BIG)}, folder / "model.safetensors")
+
+    path = disk.folder / "merged"
+    with disk.full(), pytest.raises(ValueError, match="merged can't be written: .*Free space"):
+        with whole_folder(path, "name another --output") as folder:
+            make(folder)
+    assert disk.content() == {} and not list(disk.folder.iterdir())
+    path.mkdir()
+    with whole_folder(path, "name another --output") as folder:
+        make(folder)
+    assert set(disk.content()) == {"merged/first", "merged/model.safetensors"}
 
 
 def test_a_folder_is_tried_before_the_work(disk):

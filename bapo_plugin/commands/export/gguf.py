@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bapo_plugin.commands.export.result import Command, Result
+from bapo_plugin.commands.export.result import ELSEWHERE, Command, Result
 from bapo_plugin.commands.export.source import Source, compare_templates
 from bapo_plugin.commands.export.vllm import not_plain
+from bapo_plugin.files import write_whole
 
 _MODEL, _LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 # choices that both converters have
@@ -66,7 +67,8 @@ def convert(
     output.mkdir(parents=True, exist_ok=True)
     modelfile = _modelfile(model)
     if not modelfile.exists():  # else it may have been edited
-        modelfile.write_text("".join(f"{line}\n" for line in result.found["modelfile"]), "utf-8")
+        text = "".join(f"{line}\n" for line in result.found["modelfile"])
+        write_whole(modelfile, text, ELSEWHERE)
         result.wrote.append(modelfile)
     result.notes.append(_OLLAMA.replace("NAME", name))
     rest = []
@@ -162,7 +164,7 @@ def _adapter(source: Source, output: Path, name: str, outtype: str) -> Result:
     if template.text and not template.is_base:
         output.mkdir(parents=True, exist_ok=True)
         path = output / "chat_template.jinja"
-        path.write_text(template.text, "utf-8")
+        write_whole(path, template.text, ELSEWHERE)
         result.wrote.append(path)
         serve += [["--jinja"], ["--chat-template-file", str(path)]]
         result.notes.append(

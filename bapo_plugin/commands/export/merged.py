@@ -8,11 +8,8 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,9 @@ from bapo_plugin.commands.export.kept import (
     logps_off_and_on,
     token_logps,
 )
-from bapo_plugin.commands.export.result import Command, Result, size
+from bapo_plugin.commands.export.result import ELSEWHERE, Command, Result, size
 from bapo_plugin.commands.export.source import Source, compare_templates
+from bapo_plugin.files import whole_folder
 
 RECORD = "bapo_export.json"
 # nats an answer: from here on it matters that training saw other weights
@@ -109,7 +107,7 @@ def merge(
             **dataclasses.asdict(check_kept(before, adapter, merged, model.dtype)),
         }
     dtype = str(model.dtype).removeprefix("torch.")
-    with _whole_or_nothing(output) as folder:
+    with whole_folder(output, ELSEWHERE) as folder:
         result.notes += _save(model, tokenizer, base, folder)
         del model
         gc.collect()
@@ -243,23 +241,6 @@ def _names(folder: Path) -> set[str]:
         with safe_open(path, "pt") as file:
             found |= set(file.keys())
     return found
-
-
-@contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder beside the target, which becomes the target at the end."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        if output.is_dir():
-            output.rmdir()  # empty, or this fails
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _weights(source: Source, dtype: str, rounded: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+ELSEWHERE = "name another --output"
 _WIDTH = 80
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bapo_plugin.commands.export.result import Command, Result
+from bapo_plugin.commands.export.result import ELSEWHERE, Command, Result
 from bapo_plugin.commands.export.source import (
     TOKENIZER_FILES,
     Source,
@@ -17,6 +17,7 @@ from bapo_plugin.commands.export.source import (
     compare_templates,
     is_hub_name,
 )
+from bapo_plugin.files import whole_folder, write_whole
 
 # of --max-lora-rank, from the smallest that fits
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -158,13 +159,13 @@ def _copy(source: Source, folder: Path) -> None:
         raise ValueError(
             f"--output: {folder} isn't empty, and nothing is overwritten; name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     files = [source.folder / name for name in _WEIGHTS]
     if source.tokenizer_folder:
         files += [source.tokenizer_folder / name for name in TOKENIZER_FILES]
-    for path in files:
-        if path.is_file():
-            shutil.copy2(path, folder / path.name)
+    with whole_folder(folder, ELSEWHERE) as partial:
+        for path in files:
+            if path.is_file():
+                shutil.copy2(path, partial / path.name)
 
 
 def _template_file(source: Source, folder: Path, text: str) -> tuple[Path, bool]:
@@ -172,7 +173,7 @@ def _template_file(source: Source, folder: Path, text: str) -> tuple[Path, bool]
     for place in (folder, source.tokenizer_folder):
         if place and (place / _TEMPLATE).is_file():
             return place / _TEMPLATE, False
-    (folder / _TEMPLATE).write_text(text, "utf-8")
+    write_whole(folder / _TEMPLATE, text, ELSEWHERE)
     return folder / _TEMPLATE, True
 
 

@@ -53,7 +53,7 @@ test-deepspeed: install
 BAPO_FUZZ ?= 10000
 BAPO_FUZZ_SEED ?= 1
 fuzz: install
-	@$(RUN) BAPO_FUZZ=$(BAPO_FUZZ) BAPO_FUZZ_SEED=$(BAPO_FUZZ_SEED) python -m pytest -rP -W ignore $(TESTS)/fuzz | grep -v "^\["
+	@$(RUN) BAPO_FUZZ=$(BAPO_FUZZ) BAPO_FUZZ_SEED=$(BAPO_FUZZ_SEED) python -m pytest -rP --show-capture=stdout -W ignore $(TESTS)/fuzz
 
 test-gpu: install
 	@$(RUN) python -m pytest -m gpu tests/gpu

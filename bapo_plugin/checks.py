@@ -103,6 +103,8 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
         )
     if not 0 < _number(cfg.get("num_epochs") or 1) < math.inf:
         problems.append(f"num_epochs: {cfg['num_epochs']!r} must be a number above 0")
+    if not 0 <= _number(cfg.get("seed") or 0) < 2**32:
+        problems.append(f"seed: {cfg['seed']!r} must be a whole number from 0 to {2**32 - 1}")
     for key in ("dataset_prepared_path", "output_dir", "lora_model_dir"):
         value = cfg.get(key)
         if isinstance(value, str) and not can_be_path(value):

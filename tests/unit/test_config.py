@@ -175,6 +175,7 @@ def test_block_errors_name_key_value_and_remedy(block, match):
         ({"bapo": {"anchors": {"server": {None: 1}}}}, "bapo.anchors.server.None: unknown key"),
         ({"val_set_size": float("nan")}, "val_set_size: nan must be a share"),
         ({"val_set_size": float("inf")}, "val_set_size: inf must be a share"),
+        ({"seed": -1}, "seed: -1 must be a whole number from 0 to"),
         ({"num_epochs": float("-inf")}, "num_epochs: -inf must be a number above 0"),
         ({"dataset_prepared_path": "a\0"}, "dataset_prepared_path: .* can't be the name"),
         ({"output_dir": "a" * 300}, "output_dir: 'aaa.* can't be the name of a folder"),

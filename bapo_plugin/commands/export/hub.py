@@ -15,7 +15,7 @@ from bapo_plugin.commands.export.source import (
     is_hub_name,
 )
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _CARD = "README.md"
 # tokens of accounts (the hub, OpenAI and those like it, AWS, GitHub), and a key of the configuration that holds one

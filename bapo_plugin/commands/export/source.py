@@ -76,16 +76,10 @@ class Source:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the adapter's tensors."""
-        path = self.folder / "adapter_model.safetensors"
-        if path.is_file():
-            from safetensors import safe_open
+        from safetensors import safe_open
 
-            with safe_open(path, "np") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        import torch
-
-        state = torch.load(self.folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        with safe_open(self.folder / "adapter_model.safetensors", "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
     def base_folder(self) -> Path:
         """Where the base model's files lie on this machine; nothing is fetched.

@@ -23,7 +23,7 @@ from bapo_plugin.files import whole_folder, write_whole
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _TEMPLATE = "chat_template.jinja"
 _TAKEN = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def serve(sources: Sequence[Source], output: Path | None = None) -> Result:

@@ -101,6 +101,8 @@ TOUCHED = {
     "trl.models.utils.disable_gradient_checkpointing": "scoring/ scores without checkpointing with",
     "trl.trainer.utils.use_adapter": "scoring/ takes the reference's adapter with",
     "accelerate.state.GradientState._set_sync_gradients": "training/packs.py holds the exchange of gradients back with",
+    "datasets.Dataset._indices": "rows/table.py knows by whether rows were left out of a table",
+    "tqdm.std.tqdm._instances": "last_word.py closes progress bars by",
     "datasets.Dataset._fingerprint": "training/reference.py knows rows again by",
     "peft.PeftModel.get_base_model": "training/outputs.py reaches the model below an adapter by",
     "peft.helpers.rescale_adapter_scale": "evaluation/subject.py scales adapters with",

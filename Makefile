@@ -3,6 +3,8 @@
 # make lint    ruff                            make bench      the benchmarks
 # make audit   bandit over the code, pip-audit over the locks (asks PyPI)
 # make test-versions     the quick tests with each supported axolotl: 0.19, 0.20, 0.21
+# make docs    the documents as a site in build/site
+# make fuzz    10,000 mutated YAMLs and rows; another number or seed: make fuzz BAPO_FUZZ=1000 BAPO_FUZZ_SEED=2
 # make test-deepspeed    two processes under ZeRO-1, 2 and 3, with DeepSpeed in an environment of its own
 #
 # Every target installs what it needs into .venv first. Another Python: make demo PYTHON=python3.12
@@ -20,9 +22,9 @@ BIN = $(VENV)/bin
 MODEL = $(MODELS)/SmolLM2-135M-Instruct
 RUN = PATH="$$(cd "$(BIN)" && pwd):$$PATH"
 
-.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu lint audit format bench
+.PHONY: help install model demo test test-all test-versions test-deepspeed test-gpu fuzz lint audit format docs bench
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 install:
 	@.ci/install "$(VENV)"
@@ -48,6 +50,11 @@ test-deepspeed: install
 	@.ci/install-deepspeed "$(VENV)"
 	@PATH="$$(cd "$(VENV)-deepspeed/bin" && pwd):$$PATH" python -m pytest $(DEEPSPEED_TESTS) tests/integration/test_distributed.py -k zero
 
+BAPO_FUZZ ?= 10000
+BAPO_FUZZ_SEED ?= 1
+fuzz: install
+	@$(RUN) BAPO_FUZZ=$(BAPO_FUZZ) BAPO_FUZZ_SEED=$(BAPO_FUZZ_SEED) python -m pytest -rP --show-capture=stdout -W ignore $(TESTS)/fuzz
+
 test-gpu: install
 	@$(RUN) python -m pytest -m gpu tests/gpu
 
@@ -61,6 +68,12 @@ audit:
 format: install
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+# needs neither axolotl nor torch
+docs:
+	@.ci/install-docs "$(VENV)"
+	@python3 .ci/build-docs "$(VENV)-docs/bin/mkdocs"
+	@echo "Open build/site/index.html"
 
 bench: model
 	@$(RUN) python benchmarks/kernel.py

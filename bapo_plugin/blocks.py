@@ -12,6 +12,15 @@ from pydantic import (
     model_validator,
 )
 
+# special tokens inside words, see `rows.words`
+WordsPolicy = Literal["text", "refuse", "tokens"]
+
+
+def can_be_path(name: str) -> bool:
+    """Whether a file or folder can have this name at all."""
+    parts = name.split("/")
+    return "\0" not in name and len(name) < 4096 and all(len(p.encode()) < 256 for p in parts)
+
 
 class Block(BaseModel):
     """A block of settings: unknown keys are refused, and YAML's yes and no are no numbers."""
@@ -24,6 +33,8 @@ class Block(BaseModel):
         kind = str(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and re.search(r"\b(int|float)\b", kind):
             raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+        if isinstance(value, str) and not can_be_path(value):
+            raise ValueError(f"{value[:40]!r}... is too long, or holds a NUL byte")
         return value
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bapo_plugin.blocks import can_be_path
 from bapo_plugin.config import TRAINER_CLS, BAPOConfig, parse_block
 from bapo_plugin.loss import PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from bapo_plugin.rows.entries import check_entry
@@ -99,6 +100,18 @@ def check_config(cfg: Mapping[str, Any]) -> BAPOConfig:
         problems.append(
             "accelerator_config.dispatch_batches: true would cut batches between the responses of a row; "
             "remove the line"
+        )
+    if not 0 < _number(cfg.get("num_epochs") or 1) < math.inf:
+        problems.append(f"num_epochs: {cfg['num_epochs']!r} must be a number above 0")
+    if not 0 <= _number(cfg.get("seed") or 0) < 2**32:
+        problems.append(f"seed: {cfg['seed']!r} must be a whole number from 0 to {2**32 - 1}")
+    for key in ("dataset_prepared_path", "output_dir", "lora_model_dir"):
+        value = cfg.get(key)
+        if isinstance(value, str) and not can_be_path(value):
+            problems.append(f"{key}: {value[:40]!r} can't be the name of a folder; mend the path")
+    if not 0 <= _number(cfg.get("val_set_size") or 0) < math.inf:
+        problems.append(
+            f"val_set_size: {cfg['val_set_size']!r} must be a share of the rows, such as 0.05, or a number of them"
         )
     if not cfg.get("datasets"):
         problems.append("datasets: is empty; name at least one preference data set")

@@ -20,6 +20,7 @@ from bapo_plugin.blocks import (
     Block,
     KeepConfig,
     RetentionConfig,
+    WordsPolicy,
 )
 from bapo_plugin.loss import (
     TOKEN_LOSSES,
@@ -166,6 +167,14 @@ class BAPOConfig(Block):
             "description": "Rows that can't be used. error: stop. drop: leave them out. Both write them to bapo-faulty-rows.jsonl."
         },
     )
+    special_tokens_in_words: WordsPolicy = Field(
+        default="text",
+        json_schema_extra={
+            "description": "Special tokens inside the words of a row or prompt, such as <|im_end|> in a question. text: they are "
+            "words like others and become ordinary tokens. refuse: such a row can't be used. tokens: they become the special "
+            "tokens themselves. Base responses that a row brings are taken to the letter; rows that are rendered already, and prompt strategies of your own, say themselves what is a token."
+        },
+    )
     on_non_finite: Literal["stop", "skip"] = Field(
         default="stop",
         json_schema_extra={
@@ -290,12 +299,15 @@ def parse_block(block: Any) -> BAPOConfig:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(["bapo", *map(str, error["loc"])])
-    if error["type"] == "extra_forbidden":
-        if error["loc"][-1] == "api_key":
+    *block, last = error["loc"] or [None]
+    if error["type"] == "invalid_key":  # a key that YAML reads as a number, true, false or null
+        last = error["input"]
+    key = ".".join(["bapo", *map(str, block), *([str(last)] if error["loc"] else [])])
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        if last == "api_key":
             return f"{key}: a key doesn't belong into a YAML; set the environment variable OPENAI_API_KEY"
-        fields = _BLOCKS.get(error["loc"][:-1], BAPOConfig).model_fields
-        near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
+        fields = _BLOCKS.get(tuple(block), BAPOConfig).model_fields
+        near = difflib.get_close_matches(str(last), fields, n=1)
         known = ", ".join(k for k in fields if k != "entries")
         hint = f"did you mean {near[0]}?" if near else f"known keys are {known}"
         return f"{key}: unknown key; {hint}"

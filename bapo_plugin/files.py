@@ -17,6 +17,20 @@ _WORDS = {os.strerror(number): number for number in (*_FULL, *_CLOSED, *_NO_LOCK
 _TORCH = ("PytorchStreamWriter failed", "inline_container.cc")
 
 
+class NotWritten(ValueError):
+    """A file can't be written; the text has its path, the reason and the remedy.
+
+    Args:
+        path: of the file or folder.
+        number: of the system's error; 0 where it isn't known.
+        instead: see `write_whole`.
+    """
+
+    def __init__(self, path: Path, number: int, instead: str):
+        super().__init__(_sentences(path, number, instead))
+        self.path, self.number = path, number
+
+
 def write_whole(path: Path, content: str | bytes, instead: str) -> None:
     """Write a file as a whole or not at all; its folder is made.
 
@@ -26,7 +40,7 @@ def write_whole(path: Path, content: str | bytes, instead: str) -> None:
         instead: what the user may do to have it written elsewhere, "name another output_dir".
 
     Raises:
-        ValueError: it can't be written; what was there before is still there.
+        NotWritten: it can't be written; what was there before is still there.
     """
     with whole(path, instead) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -41,7 +55,7 @@ def whole(path: Path, instead: str) -> Iterator[Path]:
         path, instead: see `write_whole`.
 
     Raises:
-        ValueError: it can't be written.
+        NotWritten: it can't be written.
     """
     with writing(path, instead):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +68,32 @@ def whole(path: Path, instead: str) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: Path, instead: str) -> Iterator[Path]:
+    """Gives a folder beside the target, which becomes the target at the end; nothing is left of it after an error.
+
+    Args:
+        path: not there, or an empty folder.
+        instead: see `write_whole`.
+
+    Raises:
+        NotWritten: it can't be written.
+    """
+    with writing(path, instead):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            yield folder
+            umask = os.umask(0)
+            os.umask(umask)
+            folder.chmod(0o777 & ~umask)
+            if path.is_dir():
+                path.rmdir()  # empty, or this fails
+            folder.rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def writing(path: Path, instead: str) -> Iterator[None]:
     """Inside, an error that says that a disk is full or a folder can't be written to becomes a message.
 
@@ -62,33 +102,19 @@ def writing(path: Path, instead: str) -> Iterator[None]:
         instead: see `write_whole`.
 
     Raises:
-        ValueError: the message: path, reason and remedy.
+        NotWritten: the message: path, reason and remedy.
     """
     try:
         yield
+    except NotWritten as error:
+        if path not in (error.path, *error.path.parents):
+            raise
+        raise NotWritten(path, error.number, instead) from error  # who is outside knows more
     except Exception as error:
         number = _number(error)
         if number is None:
             raise
-        raise ValueError(cannot_write(path, number, instead)) from error
-
-
-def cannot_write(path: Path, number: int | None, instead: str) -> str:
-    """A sentence with the reason and one with the remedy.
-
-    Args:
-        path, instead: see `writing`.
-        number: of the system's error; 0 where it isn't known.
-    """
-    reason = os.strerror(number).lower() if number else "the disk may be full"
-    if number in _CLOSED:
-        folder = path if path.is_dir() else path.parent
-        remedy = f"Make {folder} writable, or {instead}"
-    elif number in _NO_LOCKS:
-        remedy = f"The file system there has no locks, as some network folders; {instead}, on a local disk"
-    else:
-        remedy = f"Free space there ({_free(path)}), or {instead}"
-    return f"{path} can't be written: {reason}. {remedy}"
+        raise NotWritten(path, number, instead) from error
 
 
 def of_the_disk(error: BaseException) -> str | None:
@@ -102,7 +128,7 @@ def of_the_disk(error: BaseException) -> str | None:
         if error.errno in (errno.EACCES, errno.EPERM):  # it may have been read
             reason = os.strerror(error.errno).lower()
             return f"{path} can't be opened: {reason}. Mend the permissions, or name another place. {kept}"
-        return f"{cannot_write(path, error.errno, 'let it lie elsewhere')}. {kept}"
+        return f"{_sentences(path, error.errno, 'let it lie elsewhere')}. {kept}"
     if error.errno not in _FULL:
         return None
     places = [Path.cwd(), Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()]
@@ -118,7 +144,7 @@ def must_be_writable(folder: Path, instead: str) -> None:
     """Try it, before the work whose result is to be written there. The folder is made.
 
     Raises:
-        ValueError: it isn't.
+        NotWritten: it isn't.
     """
     probe = folder / f".bapo-writable.{os.getpid()}"
     with writing(folder, instead):
@@ -127,13 +153,25 @@ def must_be_writable(folder: Path, instead: str) -> None:
         probe.unlink()
 
 
+def _sentences(path: Path, number: int, instead: str) -> str:
+    """One with the reason and one with the remedy."""
+    reason = os.strerror(number).lower() if number else "the disk may be full"
+    if number in _CLOSED:
+        folder = path if path.is_dir() else path.parent
+        remedy = f"Make {folder} writable, or {instead}"
+    elif number in _NO_LOCKS:
+        remedy = f"The file system there has no locks, as some network folders; {instead}, on a local disk"
+    else:
+        remedy = f"Free space there ({_free(path)}), or {instead}"
+    return f"{path} can't be written: {reason}. {remedy}"
+
+
 def _number(error: Exception) -> int | None:
     """The system's number of a failed write; 0 where a library doesn't say; None for other errors."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _WORDS.values() else None
-    if isinstance(error, ValueError):  # a message already; who is outside knows better what is done
-        cause = error.__cause__
-        return _number(cause) if isinstance(cause, Exception) else None
+    if isinstance(error, ValueError):
+        return None  # a message already
     text = str(error)
     for words, number in _WORDS.items():
         if words in text:

@@ -54,6 +54,9 @@ def is_for_the_user(error: BaseException) -> bool:
 
 
 def _say(text: str, rank: int) -> None:
+    if bars := sys.modules.get("tqdm.std"):
+        for bar in list(bars.tqdm._instances):
+            bar.close()  # else it is drawn once more when the process ends
     sys.stdout.flush()
     launcher = _launcher()
     if launcher is None:

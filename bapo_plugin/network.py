@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bapo_plugin.runs import base_of, recorded_config
+from bapo_plugin.yaml_files import read_yaml
 
 # axolotl's and the hub's telemetry, the load counter of `datasets`
 _SILENT = {
@@ -48,19 +47,26 @@ def is_local(config: Mapping[str, Any]) -> bool:
             return False
         for entry in entries:
             files = entry.get("data_files") or []
-            names += [entry.get("path"), *([files] if isinstance(files, str) else files)]
+            names += [entry.get("path"), *(files if isinstance(files, list) else [files])]
     kernel = str(config.get("attn_implementation") or "")
     if "/" in kernel:  # a kernel of the hub
         return False
-    return bool(names) and all(isinstance(name, str) and Path(name).exists() for name in names)
+    return bool(names) and all(isinstance(name, str) and is_there(name) for name in names)
+
+
+def is_there(name: str) -> bool:
+    """Whether a file or folder of this name exists."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _config(target: Path) -> Mapping[str, Any] | None:
     try:
         if target.suffix in (".yml", ".yaml"):
-            found = yaml.safe_load(target.read_text("utf-8"))
-        else:
-            found = recorded_config(target) or base_of(target)
-    except (OSError, ValueError, yaml.YAMLError):
+            return read_yaml(target)
+        found = recorded_config(target) or base_of(target)
+    except (OSError, ValueError):
         return None  # what reads it for good will say what is wrong
     return found if isinstance(found, Mapping) else None

@@ -26,9 +26,10 @@ from bapo_plugin.rows.conversation import fields_of
 from bapo_plugin.rows.ends import StopTexts, special_texts
 from bapo_plugin.rows.entries import NO_BASE
 from bapo_plugin.rows.sources import Source, raw_rows
-from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.rows.strategies import StrategyRows, is_axolotls, source_of
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
+from bapo_plugin.rows.words import Words
 from bapo_plugin.runs import hide
 from bapo_plugin.store import Store
 
@@ -87,16 +88,19 @@ class Opening:
         identity: Any
         if self._kind(entry) is not None:
             template = self._template(entry, name)
-            read, encode = ChatRows(template, fields), Encoder(self._tokenizer, from_template=True)
-            identity = [template.text, str(self._now)]
+            read = ChatRows(template, fields)
+            encode = Encoder(self._tokenizer, from_template=True, words=template.words)
+            identity = [template.text, str(self._now), self._bapo.special_tokens_in_words]
         else:
             strategy = self._strategy(split, index, entry)
             ends = self._own_ends()
             self._ends |= ends
             stops = StopTexts(self._tokenizer, (self.named | ends) - {None})
-            read = StrategyRows(strategy, fields, stops, entry)
-            encode = Encoder(self._tokenizer, from_template=False)
-            identity = [source_of(strategy), self._tokenizer.chat_template]
+            policy = self._bapo.special_tokens_in_words
+            words = Words(self._tokenizer, policy) if is_axolotls(strategy) else None
+            read = StrategyRows(strategy, fields, stops, entry, words)
+            encode = Encoder(self._tokenizer, from_template=False, words=words)
+            identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]
         for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token):
             if named and base not in rows.column_names:
                 raise ValueError(
@@ -138,10 +142,10 @@ class Opening:
             name,
             Dataset.from_dict({"chat": texts}),
             Prompts(template),
-            Encoder(self._tokenizer, from_template=True),
+            Encoder(self._tokenizer, from_template=True, words=template.words),
             fields_of({}, None),
             "prompts",
-            [template.text, str(self._now)],
+            [template.text, str(self._now), self._bapo.special_tokens_in_words],
         )
 
     @staticmethod
@@ -158,7 +162,9 @@ class Opening:
         if text not in self.templates:
             if "strftime_now" in text and self._now is None:
                 self._now = self._date()
-            template = ChatTemplate(self._tokenizer, text, self.named, self._now)
+            template = ChatTemplate(
+                self._tokenizer, text, self.named, self._now, self._bapo.special_tokens_in_words
+            )
             if template.end_id is None:
                 LOG.warning(
                     f"The chat template ends turns with {template.end!r}, which is no token of this tokenizer, so nothing stops "

@@ -24,7 +24,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from filelock import FileLock
 
 from bapo_plugin.anchors.generate import make_missing, remember_rows
-from bapo_plugin.anchors.plan import make_plan, usable, with_keys
+from bapo_plugin.anchors.plan import StoredAnswers, make_plan, with_keys
 from bapo_plugin.anchors.provenance import fingerprint, provenance, tokenizer_hash
 from bapo_plugin.config import BAPOConfig, parse_block
 from bapo_plugin.files import writing
@@ -35,13 +35,9 @@ from bapo_plugin.models import (
     reference_spec,
 )
 from bapo_plugin.opening import Opening, store_path
+from bapo_plugin.rows.faults import Faults
 from bapo_plugin.rows.sources import Source, content_hash, lacks_bases
-from bapo_plugin.rows.table import (
-    Faults,
-    check_long,
-    finish,
-    split_by_prompt,
-)
+from bapo_plugin.rows.table import as_table, check_long, finish, split_by_prompt
 from bapo_plugin.rows.tokens import FEATURES, complete_batch, prepare_batch
 from bapo_plugin.store import Store
 from bapo_plugin.trust import refuse_strangers
@@ -51,6 +47,7 @@ LOG = get_logger("axolotl." + __name__)
 # what prepared rows mean; rows of another format are not read
 FORMAT = 2
 SPLITS = ("datasets", "test_datasets")
+_LIGHT = 2000  # rows that are worth a process where a row takes little
 KEEP = "keep"  # prompts of `bapo.keep`, prepared beside them
 _ELSEWHERE = "name another dataset_prepared_path"
 
@@ -163,6 +160,10 @@ class Preparation:
                     rows = faults.take_missing(source.name, rows, source.fields.base, policy)
                 found[split].append(rows)
         faults.settle(self._is_main)
+        found = {
+            split: [as_table(rows, self._num_proc(len(rows), _LIGHT)) for rows in parts]
+            for split, parts in found.items()
+        }
         self._check_before_generating(found)
         return found
 
@@ -190,6 +191,8 @@ class Preparation:
             features=FEATURES,
             num_proc=self._num_proc(len(source.rows)),
             load_from_cache_file=False,
+            # with one of theirs, datasets before 5.0 counts rows of a file that it doesn't take, and goes past the bar's end
+            new_fingerprint=os.urandom(8).hex(),
             desc=f"Rendering and tokenising {source.name}",
         )
 
@@ -212,18 +215,19 @@ class Preparation:
         decode = partial(
             self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        with Store(self.store_path, "base responses") as store:
-            return rows.map(
-                complete_batch,
-                batched=True,
-                batch_size=1000,
-                fn_kwargs={"answers": partial(usable, store), "decode": decode} | self._limits(),
-                remove_columns=["key", "limit"],
-                features=FEATURES,
-                load_from_cache_file=False,
-                new_fingerprint=os.urandom(8).hex(),  # a store has no fingerprint
-                desc=f"Putting base responses into {source.name}",
-            )
+        return rows.map(
+            complete_batch,
+            batched=True,
+            batch_size=1000,
+            fn_kwargs={"answers": StoredAnswers(self.store_path), "decode": decode}
+            | self._limits(),
+            remove_columns=["key", "limit"],
+            features=FEATURES,
+            num_proc=self._num_proc(len(rows), _LIGHT),
+            load_from_cache_file=False,
+            new_fingerprint=os.urandom(8).hex(),  # a store has no fingerprint
+            desc=f"Putting base responses into {source.name}",
+        )
 
     # ------------------------------------------------------------ base responses
 
@@ -254,7 +258,10 @@ class Preparation:
         """Rendered rows with the keys of the base responses that they lack."""
         limits = (self.bapo.anchors.max_new_tokens, self.cfg.sequence_len)
         return {
-            split: [with_keys(rows, made_by, *limits) for rows in parts]
+            split: [
+                with_keys(rows, made_by, *limits, self._num_proc(len(rows), _LIGHT))
+                for rows in parts
+            ]
             for split, parts in rendered.items()
         }
 
@@ -276,10 +283,10 @@ class Preparation:
             self.tokenizer,
             self._adapter,
             (self.stop_ids, self._opening.end_id),
-            list(plan.requests.values()),
+            plan.requests,
         )
         summary = make_missing(plan, engine, store, self.tokenizer, on_start)
-        for rows in sources:
+        for rows in sources if self._is_main else ():
             remember_rows(rows, store)
         return summary
 
@@ -296,10 +303,9 @@ class Preparation:
     def _limits(self) -> dict[str, Any]:
         return {"sequence_len": self.cfg.sequence_len, "strategy": self._policy}
 
-    def _num_proc(self, total: int) -> int | None:
-        workers = min(
-            self.cfg.dataset_num_proc or 1, total // 256
-        )  # a process costs more than 256 rows
+    def _num_proc(self, total: int, each: int = 256) -> int | None:
+        """Processes for rows of which each has so many at least: it costs more than fewer."""
+        workers = min(self.cfg.dataset_num_proc or 1, total // each)
         return workers if workers > 1 else None
 
     @contextmanager

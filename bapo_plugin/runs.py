@@ -1,5 +1,6 @@
 """Folders that runs have written: what they hold, and how far training got. Light: nothing heavy is imported."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -30,6 +31,12 @@ _WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 def has_adapter(folder: Path) -> bool:
     """Whether an adapter's weights lie here; axolotl writes its settings before training."""
     return (folder / "adapter_config.json").is_file() and (folder / _WEIGHTS).is_file()
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Of the adapter's weights that lie here; None where there are none."""
+    path = folder / _WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def check_adapter(folder: Path) -> None:

@@ -287,11 +287,13 @@ def _remedy(error: sqlite3.Error) -> str:
         return f"Free space on its disk, or {_ELSEWHERE}"
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
         return f"Make the file and its folder writable, or {_ELSEWHERE}"
-    # a lock that a network folder refuses looks as if another process held it
-    return (
-        f"Either another process has held it for over {_PATIENCE} s, then start again; or its disk or network folder fails or "
-        f"knows no locks, then {_ELSEWHERE}, on a local disk"
-    )
+    if name in ("SQLITE_BUSY", "SQLITE_PROTOCOL", "SQLITE_LOCKED") or name.endswith("LOCK"):
+        # a lock that a network folder refuses looks as if another process held it
+        return (
+            f"Either another process has held it for over {_PATIENCE} s, then start again; or its folder knows no locks, as some "
+            f"network folders, then {_ELSEWHERE}, on a local disk"
+        )
+    return f"Its disk or network folder fails, or a quota is used up; mend that, or {_ELSEWHERE}"
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -26,7 +26,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.answers.engine import Request
+from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.transformers import TransformersEngine
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def generation(model, tokenizer, rows, args):
             engine = TransformersEngine(lambda: model, [tokenizer.eos_token_id], batch_size=size)
             start = time.perf_counter()
             found = {}
-            for batch in engine.batches(requests):
+            for batch in in_batches(engine, requests):
                 found |= {r.key: a for r, a in engine.generate(batch, lambda n: None)}
             seconds[size].append(time.perf_counter() - start)
             tokens = sum(len(answer.ids) for answer in found.values())

@@ -17,7 +17,7 @@ from bapo_plugin.config import BAPOConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 _BLOCKS: tuple[tuple[str, type[BaseModel], str], ...] = (
-    ("bapo", BAPOConfig, "The block in the YAML. Formulas: [method.md](method.md)."),
+    ("bapo", BAPOConfig, "The block in the YAML. Formulas: [the method](method.md)."),
     ("bapo.anchors", AnchorsConfig, "How base responses are made where rows have none."),
     ("bapo.anchors.server", AnchorServerConfig, "With `engine: server`."),
     (

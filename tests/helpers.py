@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import warm
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
@@ -133,8 +134,8 @@ BIN = Path(sys.executable).parent
 _OFFLINE = ("HF_HUB_OFFLINE", "AXOLOTL_DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "CI")
 
 
-def axolotl(folder, *command, stdin="", check=True, program="axolotl"):
-    """What a command prints. A command of ours may not reach beyond this machine."""
+def axolotl(folder, *command, stdin="", check=True, program="axolotl", fresh=False):
+    """What a command prints. A command of ours may not reach beyond this machine, which takes a fresh interpreter."""
     network = Path(folder) / "network.log"
     env = os.environ | {
         "OMP_NUM_THREADS": "2",
@@ -150,16 +151,21 @@ def axolotl(folder, *command, stdin="", check=True, program="axolotl"):
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         env = {name: value for name, value in env.items() if name not in _OFFLINE}
-    done = subprocess.run(
-        [BIN / program, *map(str, command)],
-        cwd=folder,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=env,
-    )
-    output = done.stdout + done.stderr
+    start = {"cwd": folder, "env": env}
+    program_path = BIN / program
+    if fresh or program == "bapo":
+        done = subprocess.run(
+            [program_path, *map(str, command)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **start,
+        )
+        output = done.stdout + done.stderr
+    else:
+        done = warm.Process([program_path, *command], stdin=stdin, **start)
+        output = "".join(done.communicate())
     assert done.returncode == 0 or not check, output[-6000:]
     assert program != "bapo" or not network.exists(), network.read_text()
     return output

@@ -7,10 +7,12 @@ run that was killed goes on where it stopped, and several processes share the wo
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -62,30 +64,23 @@ def make_missing(
         tokenizer: to show answers as text.
         on_start: called before the work, if there is any: to load models and to try out a server.
     """
-    there = len(plan.limits) - len(plan.requests)
-    tokens, seconds = 0, 0.0
+    summary = Summary(plan.rows, len(plan.reused) + len(plan.requests), len(plan.requests))
+    summary.reused, summary.cut = len(plan.reused), plan.reused_cut
+    summary.tokens = plan.reused_tokens
     try:
         if plan.requests:
             on_start()
             mark = fingerprint(plan.provenance)
             store.put("provenance", {mark: json.dumps(plan.provenance).encode()})
             started = time.monotonic()
-            tokens = _run(plan, engine, store, tokenizer)
-            seconds = time.monotonic() - started
+            _run(plan, engine, store, tokenizer, summary)
+            summary.seconds = time.monotonic() - started
     finally:
         engine.close()
-    summary = Summary(plan.rows, len(plan.limits), len(plan.requests), there, seconds=seconds)
-    summary.generated_tokens = tokens
-    keys = list(plan.limits)
-    for start in range(0, len(keys), 1000):
-        part = {key: plan.limits[key] for key in keys[start : start + 1000]}
-        for answer in usable(store, part).values():
-            summary.cut += answer.cut
-            summary.tokens += len(answer.ids)
-    first = usable(store, {key: plan.limits[key] for key in plan.words})
-    for key, answer in first.items():
+    words = plan.first.words()
+    for key, answer in usable(store, plan.first.limits_by_key()).items():
         text = tokenizer.decode(shown(answer.ids, plan.stop_ids))
-        summary.samples.append((shorten(plan.words[key]), shorten(text)))
+        summary.samples.append((shorten(words[key]), shorten(text)))
     return summary
 
 
@@ -96,14 +91,15 @@ def remember_rows(rows: Dataset, store: Store) -> None:
         store.put("row", {row: key.encode() for row, key in pairs if key})
 
 
-def _run(plan: Plan, engine: Engine, store: Store, tokenizer: Any) -> int:
-    """Work until every request has an answer; returns the tokens made here."""
-    tokens, started = 0, time.monotonic()
-    batches = engine.batches(list(plan.requests.values()))
-    done: set[str] = set()
+def _run(plan: Plan, engine: Engine, store: Store, tokenizer: Any, summary: Summary) -> None:
+    """Work until every request has an answer."""
+    requests, started = plan.requests, time.monotonic()
+    ends = np.cumsum(engine.batches(requests.lengths, requests.limits)).tolist()
+    batches = [slice(*places) for places in pairwise([0, *ends])]
+    done = np.zeros(len(requests), dtype=bool)
     bar = tqdm(
-        total=len(plan.limits),
-        initial=len(plan.limits) - len(plan.requests),
+        total=len(plan.reused) + len(requests),
+        initial=len(plan.reused),
         desc="Making base responses",
         unit="prompt",
         mininterval=1,
@@ -112,53 +108,44 @@ def _run(plan: Plan, engine: Engine, store: Store, tokenizer: Any) -> int:
     )
 
     def count(new: int) -> None:
-        nonlocal tokens
-        tokens += new
-        speed = tokens / max(1e-9, time.monotonic() - started)
+        summary.generated_tokens += new
+        speed = summary.generated_tokens / max(1e-9, time.monotonic() - started)
         bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
         bar.update(0)
 
-    def there(requests: list[Request]) -> set[str]:
-        return set(usable(store, {r.key: r.limit for r in requests}))
+    def ready(answers: Collection[Answer]) -> None:
+        summary.tokens += sum(len(answer.ids) for answer in answers)
+        summary.cut += sum(answer.cut for answer in answers)
+        bar.update(len(answers))
 
     with bar, store.keep_claims_alive():
         while batches:
             waiting = []
             for batch in batches:
-                todo = [request for request in batch if request.key not in done]
-                mine = set(store.claim([request.key for request in todo]))
-                here = [request for request in todo if request.key in mine]
+                limits = requests.limits_by_key(batch)
+                todo = {key: i for i, key in enumerate(limits, batch.start) if not done[i]}
+                mine = store.claim(todo)
                 try:
                     # another process may have answered some before they were claimed
-                    others = there(here)
-                    bar.update(len(others))
-                    _answer(
-                        [r for r in here if r.key not in others],
-                        engine,
-                        store,
-                        plan,
-                        tokenizer,
-                        count,
-                        bar,
-                    )
+                    others = usable(store, {key: limits[key] for key in mine})
+                    ready(others.values())
+                    here = requests.requests([todo[key] for key in mine if key not in others])
+                    _answer(here, engine, store, plan, tokenizer, count, ready)
                 finally:
                     store.release(mine)
-                if len(here) < len(todo):
+                done[[todo[key] for key in mine]] = True
+                if len(mine) < len(todo):
                     waiting.append(batch)
-                done |= mine
             # the rest is another process's; if that ends without an answer, it becomes ours
-            batches = waiting
+            for batch in waiting:
+                limits = requests.limits_by_key(batch)
+                todo = {key: i for i, key in enumerate(limits, batch.start) if not done[i]}
+                others = usable(store, {key: limits[key] for key in todo})
+                ready(others.values())
+                done[[todo[key] for key in others]] = True
+            batches = [batch for batch in waiting if not done[batch].all()]
             if batches:
-                wanted = [
-                    request for batch in batches for request in batch if request.key not in done
-                ]
-                now = there(wanted)
-                bar.update(len(now))
-                done |= now
-                batches = [b for b in batches if any(r.key not in done for r in b)]
-                if batches:
-                    time.sleep(0.5)
-    return tokens
+                time.sleep(0.5)
 
 
 def _answer(
@@ -168,26 +155,29 @@ def _answer(
     plan: Plan,
     tokenizer: Any,
     count: Callable[[int], None],
-    bar: Any,
+    ready: Callable[[Collection[Answer]], None],
 ) -> None:
     """Answer requests and store the answers, those that get ready at one time together."""
     mark = fingerprint(plan.provenance)
-    ready: dict[str, bytes] = {}
+    answers: list[Answer] = []
+    entries: dict[str, bytes] = {}
     last = time.monotonic()
 
     def flush() -> None:
         nonlocal last
-        if ready:
-            store.put(KIND, ready, done=ready)
-            bar.update(len(ready))
-            ready.clear()
+        if entries:
+            store.put(KIND, entries, done=entries)
+            ready(answers)
+            answers.clear()
+            entries.clear()
         last = time.monotonic()
 
     if not requests:
         return
     try:
         for request, answer in engine.generate(requests, count):
-            ready[request.key] = _entry(request, answer, mark, plan.stop_ids, tokenizer)
+            answers.append(answer)
+            entries[request.key] = _entry(request, answer, mark, plan.stop_ids, tokenizer)
             # a server's answers come one by one; those of a batch belong together
             if engine.streams and time.monotonic() - last > 1:
                 flush()

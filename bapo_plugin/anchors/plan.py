@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features, Value, concatenate_datasets
 
+from bapo_plugin.anchors.prompts import Prompts, distinct_prompts
 from bapo_plugin.anchors.provenance import differences, fingerprint
-from bapo_plugin.answers.engine import Answer, Request
+from bapo_plugin.answers.engine import Answer
 from bapo_plugin.store import Store
 
 KIND = "anchor"
@@ -41,24 +44,47 @@ class Plan:
     """What rows need.
 
     Args:
-        requests: key -> request, one for each distinct prompt that has no usable answer in the store.
-        limits: key -> most tokens, for all prompts that need an answer.
-        words: key -> the prompt as the user wrote it, of the first few prompts.
+        requests: the distinct prompts that have no usable answer in the store, the longest first.
+        reused: those that have one.
+        reused_tokens, reused_cut: of their answers.
+        first: the first few of all.
         rows: number of rows that need an answer.
         provenance: of the answers.
         stop_ids: tokens that end an answer.
     """
 
-    requests: dict[str, Request]
-    limits: dict[str, int]
-    words: dict[str, str]
+    requests: Prompts
+    reused: Prompts
+    reused_tokens: int
+    reused_cut: int
+    first: Prompts
     rows: int
     provenance: dict[str, Any]
     stop_ids: list[int]
 
 
+@dataclass(frozen=True)
+class StoredAnswers:
+    """`usable` of a store, for the processes of `Dataset.map`: it is opened where it is asked.
+
+    Args:
+        path: of the store.
+    """
+
+    path: Path
+
+    def __call__(self, limits: Mapping[str, int]) -> dict[str, Answer]:
+        """See `usable`."""
+        with Store(self.path, "base responses") as store:
+            return usable(store, limits)
+
+
 def with_keys(
-    rows: Dataset, made_by: Mapping[str, Any], max_new_tokens: int, sequence_len: int
+    rows: Dataset,
+    made_by: Mapping[str, Any],
+    max_new_tokens: int,
+    sequence_len: int,
+    num_proc: int | None = None,
 ) -> Dataset:
     """Rendered rows with columns `key` ("" where no base response is needed) and `limit`.
 
@@ -66,20 +92,41 @@ def with_keys(
         rows: of `rows.tokens.prepare_batch`.
         made_by: provenance of the answers.
         max_new_tokens, sequence_len: most tokens of an answer, and of prompt and answer.
+        num_proc: processes.
     """
-    mark = fingerprint(made_by)
-    keys, limits = [], []
+    if not len(rows):
+        return rows.add_column("key", pa.array([], pa.string())).add_column(
+            "limit", pa.array([], pa.int64())
+        )
     columns = ["lacks", "length", "prompt_ids", "open_ids"]
-    for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-        for lacks, length, prompt, rest in zip(*(part[c] for c in columns), strict=True):
-            if not lacks or length == "long":
-                keys.append("")
-                limits.append(0)
-                continue
-            ids = [*prompt.tolist(), *rest.tolist()]
-            keys.append(key_of(mark, ids))
-            limits.append(min(max_new_tokens, sequence_len - len(ids)))
-    return rows.add_column("key", pa.array(keys)).add_column("limit", pa.array(limits))
+    keys = rows.select_columns(columns).map(
+        _keys_of,
+        batched=True,
+        batch_size=1000,
+        fn_kwargs={
+            "mark": fingerprint(made_by),
+            "max_new_tokens": max_new_tokens,
+            "sequence_len": sequence_len,
+        },
+        remove_columns=columns,
+        features=Features({"key": Value("string"), "limit": Value("int64")}),
+        num_proc=num_proc,
+        desc="Naming the base responses that rows lack",
+    )
+    return concatenate_datasets([rows, keys], axis=1)
+
+
+def _keys_of(
+    batch: Mapping[str, list], mark: str, max_new_tokens: int, sequence_len: int
+) -> dict[str, list]:
+    keys, limits = [], []
+    columns = (batch[name] for name in ("lacks", "length", "prompt_ids", "open_ids"))
+    for lacks, length, prompt, rest in zip(*columns, strict=True):
+        needs = lacks and length != "long"
+        ids = [*prompt, *rest]
+        keys.append(key_of(mark, ids) if needs else "")
+        limits.append(min(max_new_tokens, sequence_len - len(ids)) if needs else 0)
+    return {"key": keys, "limit": limits}
 
 
 def key_of(mark: str, prompt_ids: Sequence[int]) -> str:
@@ -101,27 +148,25 @@ def make_plan(
         made_by: provenance of the answers.
         stop_ids: tokens that end one.
     """
-    plan = Plan({}, {}, {}, 0, made_by, list(stop_ids))
-    for rows in sources:
-        for part in rows.select_columns(["key", "limit", "words", "row_hash"]).iter(
-            batch_size=1000
-        ):
-            for key, limit, words in zip(part["key"], part["limit"], part["words"], strict=True):
-                if key:
-                    plan.rows += 1
-                    plan.limits.setdefault(key, limit)
-                    if len(plan.words) < 3:
-                        plan.words.setdefault(key, words)
-    missing = set(plan.limits) - set(usable(store, plan.limits))
-    for rows in sources:
-        if not missing:
-            break
-        columns = ["key", "limit", "prompt_ids", "open_ids", "ask"]
-        for part in rows.select_columns(columns).iter(batch_size=1000):
-            for key, limit, prompt, rest, ask in zip(*(part[c] for c in columns), strict=True):
-                if key in missing and key not in plan.requests:
-                    plan.requests[key] = Request(key, ask, (*prompt, *rest), limit)
-    return plan
+    prompts, rows = distinct_prompts(list(sources))
+    there = np.zeros(len(prompts), dtype=bool)
+    tokens = cut = 0
+    for start in range(0, len(prompts), 1000):
+        limits = prompts.limits_by_key(slice(start, start + 1000))
+        found = usable(store, limits)
+        there[start : start + 1000] = [key in found for key in limits]
+        tokens += sum(len(answer.ids) for answer in found.values())
+        cut += sum(answer.cut for answer in found.values())
+    return Plan(
+        requests=prompts.where(~there).longest_first(),
+        reused=prompts.where(there),
+        reused_tokens=tokens,
+        reused_cut=cut,
+        first=prompts.first(3),
+        rows=rows,
+        provenance=made_by,
+        stop_ids=list(stop_ids),
+    )
 
 
 def usable(store: Store, limits: Mapping[str, int]) -> dict[str, Answer]:

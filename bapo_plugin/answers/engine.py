@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 
@@ -55,8 +56,15 @@ class Engine(Protocol):
     #: whether answers get ready one by one, not a batch at a time
     streams: bool
 
-    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Split requests into parts that are worked on together."""
+    def batches(self, lengths: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """Split requests, the longest prompts first, into parts that are worked on together.
+
+        Args:
+            lengths, limits: tokens of each prompt, and most tokens of its answer.
+
+        Returns:
+            The sizes of the parts.
+        """
 
     def generate(
         self, requests: Sequence[Request], on_tokens: Callable[[int], None]
@@ -64,7 +72,7 @@ class Engine(Protocol):
         """Answer requests, in the order in which they get ready.
 
         Args:
-            requests: one of `batches`, or a part of one.
+            requests: a part as `batches` makes them, or some of one.
             on_tokens: told how many more tokens there are.
         """
 
@@ -77,6 +85,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free memory and connections."""
+
+
+def in_batches(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Requests in the parts that an engine works on together, the longest prompts first."""
+    ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key))
+    rest = iter(ordered)
+    for size in engine.batches([len(r.prompt_ids) for r in ordered], [r.limit for r in ordered]):
+        yield list(islice(rest, size))
 
 
 def seed_of(sampling: Sampling, request: Request) -> int:

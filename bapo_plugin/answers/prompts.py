@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from bapo_plugin.answers.engine import Request
+from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
+from bapo_plugin.blocks import WordsPolicy
 from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.table import digest
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 
@@ -35,6 +37,7 @@ class Asker:
         now: what a template that writes the date gets to hear.
         own_stops: tokens that end an answer besides those of tokenizer, model and template
             (`bapo.anchors.stop`).
+        policy: special tokens in the words of prompts (`bapo.special_tokens_in_words`).
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class Asker:
         tokenizer: Any,
         now: datetime | None = None,
         own_stops: Iterable[int] = (),
+        policy: WordsPolicy = "text",
     ):
         self._tokenizer = tokenizer
         self._now = now
+        self._policy = policy
         self._named = stops_of(tokenizer, model)
         ends: list[int | None] = []
         if tokenizer.chat_template:
@@ -58,7 +63,9 @@ class Asker:
             raise ValueError(
                 "the tokenizer has no chat template to ask prompts with; set `chat_template:` in the YAML"
             )
-        return ChatTemplate(self._tokenizer, self._tokenizer.chat_template, self._named, self._now)
+        return ChatTemplate(
+            self._tokenizer, self._tokenizer.chat_template, self._named, self._now, self._policy
+        )
 
     def ask(
         self,
@@ -72,13 +79,15 @@ class Asker:
             ValueError: the tokenizer has no chat template, or it refuses a chat.
         """
         template = self._template()
+        encode = Encoder(self._tokenizer, from_template=True, words=template.words)
         texts = []
         for i, chat in enumerate(chats, start=1):
             try:
                 texts.append(template.ask(chat))
+                encode.check(texts[-1])
             except RowError as error:
                 raise ValueError(f"prompt {i} can't be asked: {error}") from error
-        prompts = Encoder(self._tokenizer, from_template=True)(texts)
+        prompts = encode(texts)
         answers = self.answer(prompts, max_new_tokens, on_answers)
         words = [chat[-1]["content"] for chat in chats]
         return [FormerAnswer(*parts) for parts in zip(words, prompts, answers, strict=True)]
@@ -94,7 +103,7 @@ class Asker:
             Request(str(i), "", tuple(prompt), max_new_tokens) for i, prompt in enumerate(prompts)
         ]
         found: dict[str, list[int]] = {}
-        for batch in self._engine.batches(requests):
+        for batch in in_batches(self._engine, requests):
             for request, answer in self._engine.generate(batch, lambda n: None):
                 found[request.key] = list(answer.ids)
             on_answers(len(batch))
@@ -112,19 +121,32 @@ def held_out_answers(rows: Dataset, tokenizer: Any, count: int | None) -> list[F
     """
     has_open = "open_tokens" in rows.column_names
     columns = ["prompt_ids", "base_ids", *(["open_tokens"] if has_open else [])]
-    distinct: dict[tuple[int, ...], list[int]] = {}
-    for row in rows.select_columns(columns):
-        skip = row.get("open_tokens") or 0
-        base = row["base_ids"]
-        if len(base) > skip:
-            distinct.setdefault((*row["prompt_ids"], *base[:skip]), base[skip:])
-    items = list(distinct.items())
-    if count is not None and count < len(items):
-        items = [items[i * len(items) // count] for i in range(count)]
-    return [
-        FormerAnswer(tokenizer.decode(ids, skip_special_tokens=True), ids, answer)
-        for ids, answer in items
-    ]
+    first: dict[
+        int, int
+    ] = {}  # of each distinct prompt the row, since rows may be many and are read again
+    index = 0
+    for part in rows.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(part[name] for name in columns), strict=True):
+            asked, answer = _asked(*values)
+            if answer:
+                first.setdefault(digest(asked), index)
+            index += 1
+    picked = list(first.values())
+    if count is not None and count < len(picked):
+        picked = [picked[i * len(picked) // count] for i in range(count)]
+    found = []
+    for row in rows.select_columns(columns).select(picked):
+        asked, answer = _asked(*(row[name] for name in columns))
+        found.append(FormerAnswer(tokenizer.decode(asked, skip_special_tokens=True), asked, answer))
+    return found
+
+
+def _asked(
+    prompt: list[int], base: list[int], opened: int | None = None
+) -> tuple[tuple[int, ...], list[int]]:
+    """What the model was asked with, and its answer."""
+    opened = opened or 0
+    return (*prompt, *base[:opened]), base[opened:]
 
 
 def read_prompts(path: str | Path, key: str = "prompts") -> list[Chat]:

@@ -97,11 +97,10 @@ class ServerEngine:
         self._probed: dict[str, tuple[Request, Answer]] = {}
         self._reference: TransformersEngine | None = None
 
-    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+    def batches(self, lengths: Sequence[int], limits: Sequence[int]) -> list[int]:
         """Parts that keep all connections busy and are not too much to lose a claim on."""
-        size = 16 * self._server.concurrency
-        ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key))
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        size, total = 16 * self._server.concurrency, len(lengths)
+        return [min(size, total - start) for start in range(0, total, size)]
 
     def generate(
         self, requests: Sequence[Request], on_tokens: Callable[[int], None]
@@ -122,7 +121,7 @@ class ServerEngine:
         """Compare whole greedy answers of the server with those of the reference model on a few prompts.
 
         Args:
-            requests: to take prompts from.
+            requests: to take prompts from, sorted by length.
             reference: with the reference model, and greedy.
 
         Raises:
@@ -131,8 +130,8 @@ class ServerEngine:
                 would not give.
         """
         self._reference = reference
-        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
-        picked = {ordered[i * (len(ordered) - 1) // max(1, _PROBES - 1)] for i in range(_PROBES)}
+        last = len(requests) - 1
+        picked = {requests[i * last // max(1, _PROBES - 1)] for i in range(_PROBES)}
         where = f"{self._shown}, model {self._model}"
         for request in sorted(picked, key=lambda r: r.key):
             answer, said = self._complete(request, greedy=True)

@@ -64,24 +64,23 @@ class TransformersEngine:
             self._model = self._load()
         return self._model
 
-    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Prompts of similar length together, the longest first, within rows and tokens of a batch.
+    def batches(self, lengths: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """Prompts of similar length together, within rows and tokens of a batch.
 
         The split depends on the requests alone, so a run that goes on makes the batches that an
         uninterrupted one makes, and by that the same answers to the bit.
         """
-        batches: list[list[Request]] = []
-        limit = longest = 0
-        for request in sorted(requests, key=lambda r: (-len(r.prompt_ids), r.key)):
-            rows = len(batches[-1]) + 1 if batches else 1
-            width = max(longest, len(request.prompt_ids)) + max(limit, request.limit)
-            full = rows > self._batch_size or rows * width > self._batch_tokens
-            if not batches or full:
-                batches.append([])
-                longest = limit = 0
-            batches[-1].append(request)
-            longest, limit = max(longest, len(request.prompt_ids)), max(limit, request.limit)
-        return batches
+        sizes: list[int] = []
+        most = longest = 0
+        for length, limit in zip(map(int, lengths), map(int, limits), strict=True):
+            rows = sizes[-1] + 1 if sizes else 1
+            width = max(longest, length) + max(most, limit)
+            if not sizes or rows > self._batch_size or rows * width > self._batch_tokens:
+                sizes.append(0)
+                longest = most = 0
+            sizes[-1] += 1
+            longest, most = max(longest, length), max(most, limit)
+        return sizes
 
     def generate(
         self, requests: Sequence[Request], on_tokens: Callable[[int], None]

@@ -1,5 +1,6 @@
 """Commands after training."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,19 @@ from bapo_plugin.cli.arguments import (
     LOCAL_TASKS,
     AsJson,
     EvalData,
+    EvalPairs,
     EvalProbe,
     EvalPrompts,
     EvalScale,
     EvalTargets,
     EvalTasks,
+    ExportAdapter,
+    ExportBase,
+    ExportDtype,
+    ExportLlamaCpp,
+    ExportOuttype,
+    ExportRounded,
+    ExportTo,
     LoadIn4Bit,
     errors_in_a_line,
     must_exist,
@@ -28,6 +37,7 @@ def evaluate(
     targets: EvalTargets,
     prompts: EvalPrompts = None,
     probe: EvalProbe = None,
+    pairs: EvalPairs = None,
     tasks: EvalTasks = None,
     data: EvalData = None,
     scale: EvalScale = None,
@@ -56,6 +66,8 @@ def evaluate(
     Prints a table and writes bapo-eval.json and bapo-eval.md, which also have results by group
     and subject. Nothing is reported to anybody, and no hub is asked where model, data and tasks
     are files.
+
+    For `bapo compare`, both in one call: bapo eval outputs/bapo outputs/dpo --scale 0.25,0.5,0.75
     """
     must_exist(*targets)
     names = [name for text in tasks or () for name in text.split(",") if name]
@@ -78,9 +90,54 @@ def evaluate(
             load_in_4bit=load_in_4bit,
             output=output,
             probe=probe,
+            pairs=pairs,
         )
     for path in paths:
         typer.echo(f"Wrote {path}")
+
+
+@app.command(rich_help_panel="After training")
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="What is compared with: the folder of a run, or a bapo-eval.json; `:ADAPTER` behind it says which of several.",
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The candidate, named likewise.")],
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-below",
+            metavar="NAME=VALUE",
+            help="Exit code 1 where B is better than A by less than this, in the unit of the table; several by repeating. "
+            "Below 0 it is what B may be worse by. Where less is better (lost, kl, repetition), less counts as more.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which of two runs is better, on the same pairs and prompts, with paired errors.
+
+    A, what is compared with, and B, the candidate: the folder of a run, or a bapo-eval.json; `:ADAPTER` behind it says which
+    of several.
+
+    First the settings in which they differ. Then what `bapo eval` measured of both: accuracy and margin on held-out pairs,
+    drift, losses and repetition on unrelated prompts, tasks. Where both were measured at parts of their strength too
+    (`bapo eval A B --scale 0.25,0.5,0.75`), what each has forgotten at equal margin and accuracy. No model is loaded.
+
+    Runs that were measured on different things are refused, with the command that measures both on the same.
+
+    In a CI: bapo compare outputs/yesterday outputs/today --fail-below accuracy=-0.02 --fail-below drift=-1
+
+    Exit codes: 0, 1 below a limit, 2 not comparable or another error.
+    """
+    with errors_in_a_line(), others_to_stderr(as_json) as out:
+        from bapo_plugin.commands.compare import compare
+
+        code = compare((a, b), fail_below or (), out if as_json else None)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="After training")
@@ -137,3 +194,81 @@ def chat(
             from bapo_plugin.commands.chat import chat
 
             chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
+
+
+@app.command(rich_help_panel="After training")
+def export(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder of a run, a checkpoint in it, or its YAML. With --to vllm several adapters of one base model."
+        ),
+    ],
+    to: ExportTo,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder to write to. Default: one in the run's, called like --to.",
+        ),
+    ] = None,
+    base: ExportBase = None,
+    dtype: ExportDtype = None,
+    rounded: ExportRounded = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="merged, gguf: compare log-probs of former answers before and after merging.",
+        ),
+    ] = True,
+    outtype: ExportOuttype = "q8_0",
+    as_adapter: ExportAdapter = False,
+    llama_cpp: ExportLlamaCpp = None,
+    repo: Annotated[str | None, typer.Option(help="hub: user/name.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="hub: for everybody. Default: private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="hub: list what would be uploaded, and send nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Use what was trained elsewhere: merged, with vLLM, as GGUF, on the hub: bapo export outputs/mine --to merged
+
+    RUNS: the folder of a run, a checkpoint in it, or its YAML.
+
+    **merged**: the adapter written into the base's own weights, checked against what was trained. **vllm**: the command that
+    serves the adapter on its base, if vLLM takes it. **gguf**: for llama.cpp and Ollama, by llama.cpp's converters.
+    **hub**: the adapter and its card, private unless --public; nothing else reaches a network.
+
+    Says which base and which chat template, and prints the next command. Nothing is overwritten.
+    """
+    must_exist(*runs)
+    if to != "hub" or dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+    with errors_in_a_line("Interrupted. Nothing was left half written."):
+        with others_to_stderr(as_json) as out:
+            from bapo_plugin.commands.export import export
+
+            result = export(
+                runs,
+                to,
+                output=output,
+                base=base,
+                dtype=dtype,
+                rounded=rounded,
+                check=check,
+                outtype=outtype,
+                as_adapter=as_adapter,
+                llama_cpp=llama_cpp,
+                repo=repo,
+                public=public,
+                dry_run=dry_run,
+                say=typer.echo,
+            )
+        if as_json:
+            result.write_json(out)
+        else:
+            result.show()

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -50,6 +50,14 @@ EvalProbe = Annotated[
         "--prompts nor --tasks is given.",
     ),
 ]
+EvalPairs = Annotated[
+    bool | None,
+    typer.Option(
+        "--pairs/--no-pairs",
+        help="Rank held-out pairs of the YAML: accuracy and margin. Default: where its held-out rows are read, so not with "
+        "a file of prompts.",
+    ),
+]
 EvalTasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,6 +83,48 @@ EvalScale = Annotated[
         "-s",
         help="Measure each LoRA also with its weights scaled by this, a number from 0 (before) to 1 (after) or "
         "beyond; several with commas or by repeating.",
+    ),
+]
+# of `bapo export`
+ExportTo = Annotated[
+    Literal["merged", "vllm", "gguf", "hub"],
+    typer.Option("--to", help="What for."),
+]
+ExportBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Folder of the base model, where it isn't where the run found it; with --to hub its name there.",
+    ),
+]
+ExportDtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(
+        help="merged, gguf: of the merged weights. bfloat16 rounds small changes away. Default: as the base was published; "
+        "for gguf float16."
+    ),
+]
+ExportRounded = Annotated[
+    bool,
+    typer.Option(
+        "--rounded",
+        help="merged, gguf: add an adapter that was trained on 4-bit weights to those, in 16 bits, not to the base as published.",
+    ),
+]
+ExportOuttype = Annotated[
+    Literal["q8_0", "bf16", "f16", "f32", "auto"],
+    typer.Option(help="gguf: precision of the file."),
+]
+ExportAdapter = Annotated[
+    bool,
+    typer.Option(
+        "--adapter", help="gguf: merge nothing; a file of the adapter, beside the base's."
+    ),
+]
+ExportLlamaCpp = Annotated[
+    Path | None,
+    typer.Option(
+        help="gguf: folder of llama.cpp, whose converters are run. Default: those on PATH."
     ),
 ]
 # of `bapo plan`

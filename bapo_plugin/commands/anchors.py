@@ -3,20 +3,22 @@
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from axolotl.cli.config import load_cfg
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.loaders import load_tokenizer
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Sequence as SequenceOf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bapo_plugin.anchors.generate import shorten
-from bapo_plugin.anchors.plan import explain, make_plan, usable
+from bapo_plugin.anchors.plan import StoredAnswers, explain, make_plan
 from bapo_plugin.answers.engine import shown
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
@@ -26,6 +28,7 @@ from bapo_plugin.opening import store_path
 from bapo_plugin.prepare import KEEP, Preparation
 from bapo_plugin.rows.conversation import is_blank, read_flag, wrap
 from bapo_plugin.rows.sources import Source
+from bapo_plugin.rows.table import where
 from bapo_plugin.scoring.reference import FILE
 from bapo_plugin.store import Store
 
@@ -65,7 +68,7 @@ def write_anchors(config: Path, output: Path | None) -> None:
             path = output
             if len(sources) > 1:
                 path = output.with_name(f"{output.stem}-{split}{i}{output.suffix}")
-            rows = _filled(work, source, keyed[split][i], store)
+            rows = _filled(work, source, keyed[split][i])
             _write(rows, path)
             print(f"Wrote {len(rows):,} rows of {source.name} to {path}")
 
@@ -83,7 +86,7 @@ def explain_anchors(config: Path) -> None:
     table.add_column("rows", justify="right")
     table.add_column("what and why", ratio=2)
     table.add_column("first prompts", ratio=2)
-    own = sum(not lacks for rows in sources for lacks in rows["lacks"])
+    own = sum(len(where(rows, "lacks", lambda lacks: not lacks)) for rows in sources)
     long = sum(map(len, sources)) - own - plan.rows
     if own:
         table.add_row(str(own), "in the data set itself", "")
@@ -126,33 +129,73 @@ def _open(config: Path) -> Preparation:
     return Preparation(cfg, load_tokenizer(cfg), keep=True)
 
 
-def _filled(work: Preparation, source: Source, rendered: Dataset, store: Store) -> Dataset:
+def _filled(work: Preparation, source: Source, rendered: Dataset) -> Dataset:
     """The raw rows, with the generated responses in the base column, marks of those that were cut, and the token
     ids that the model gave, which training takes where they spell the response.
 
     A row whose prompt leaves no room has no response: null.
     """
-    name, rows = source.fields.base or "base", source.rows
-    marks = f"{name}_cut"
-    own: Sequence[Any] = rows[name] if name in rows.column_names else [None] * len(rows)
-    cut: Sequence[Any] = rows[marks] if marks in rows.column_names else [None] * len(rows)
-    base, base_cut = list(own), [read_flag(value, marks) for value in cut]
-    tokens = f"{name}_tokens"
-    given: list[Any] = list(rows[tokens]) if tokens in rows.column_names else [None] * len(rows)
-    like = next((v for v in own if not is_blank(v)), "")
-    stops = set(work.stop_ids)
+    rows, name = source.rows, source.fields.base or "base"
+    own = (v for part in _cells(rows, name) for v in part) if name in rows.features else ()
+    like = next((value for value in own if not is_blank(value)), "")
+    keys, limits = np.zeros(len(rows), "S32"), np.zeros(len(rows), np.int32)
     for part in rendered.select_columns(["row", "key", "limit"]).iter(batch_size=1000):
-        limits = {k: n for k, n in zip(part["key"], part["limit"], strict=True) if k}
-        answers = usable(store, limits)
-        for row, key in zip(part["row"], part["key"], strict=True):
-            if key:
-                ids = shown(answers[key].ids, stops)
-                base[row - 1] = wrap(work.tokenizer.decode(ids), like, source.fields)
-                base_cut[row - 1] = answers[key].cut
-                given[row - 1] = list(answers[key].ids)
-    drop = [c for c in (name, marks, tokens) if c in rows.column_names]
-    rows = rows.remove_columns(drop).add_column(name, base).add_column(marks, base_cut)
-    return rows.add_column(tokens, given)
+        at = np.array(part["row"]) - 1
+        keys[at], limits[at] = np.array(part["key"], "S32"), part["limit"]
+    made = {
+        name: rows.features[name] if like else Value("string"),
+        f"{name}_cut": Value("bool"),
+        f"{name}_tokens": rows.features.get(f"{name}_tokens") or SequenceOf(Value("int64")),
+    }
+    others = {column: kind for column, kind in rows.features.items() if column not in made}
+    stops = set(work.stop_ids)
+
+    def said(ids: Sequence[int]) -> Any:
+        return wrap(work.tokenizer.decode(shown(ids, stops)), like, source.fields)
+
+    return rows.map(
+        _fill,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={
+            "name": name,
+            "keys": keys,
+            "limits": limits,
+            "answers": StoredAnswers(work.store_path),
+            "said": said,
+        },
+        features=Features(others | made),
+        load_from_cache_file=False,
+        new_fingerprint=rendered._fingerprint,  # nothing is read by it, and the function has none
+        desc=f"Putting base responses into {source.name}",
+    )
+
+
+def _fill(
+    batch: Mapping[str, list],
+    indices: list[int],
+    name: str,
+    keys: np.ndarray,
+    limits: np.ndarray,
+    answers: StoredAnswers,
+    said: Callable[[Sequence[int]], Any],
+) -> dict[str, list]:
+    """The base column, its marks and tokens, for `Dataset.map(batched=True, with_indices=True)`."""
+    nothing = [None] * len(indices)
+    marks, tokens = f"{name}_cut", f"{name}_tokens"
+    base, given = list(batch.get(name, nothing)), list(batch.get(tokens, nothing))
+    cut = [read_flag(value, marks) for value in batch.get(marks, nothing)]
+    wanted = [key.decode() for key in keys[indices]]
+    made = answers({k: n for k, n in zip(wanted, limits[indices].tolist(), strict=True) if k})
+    for i, key in enumerate(wanted):
+        if key:
+            base[i], cut[i], given[i] = said(made[key].ids), made[key].cut, list(made[key].ids)
+    return {name: base, marks: cut, tokens: given}
+
+
+def _cells(rows: Dataset, column: str) -> Iterator[list]:
+    for part in rows.select_columns([column]).iter(batch_size=1000):
+        yield part[column]
 
 
 def _write(rows: Dataset, path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.evaluation import local
-from bapo_plugin.evaluation.compare import compare_tasks
 from bapo_plugin.evaluation.subject import Subject
+from bapo_plugin.evaluation.task_results import compare_tasks
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 # what the paper measures; the first is a task of ours, the others are lm-eval's

@@ -1,47 +1,30 @@
-"""Many adapters of one model, each on each persona's held-out pairs, and what each has kept.
-
-With Δ = log π_after − log π_before of a response, nats, a pair is ranked right where Δ_chosen > Δ_rejected, and its margin
-is Δ_chosen − Δ_rejected; both are those of training (`rewards/margins` is β times it).
-"""
+"""Many adapters of one model, each on each persona's held-out pairs, and what each has kept."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from axolotl.cli.config import load_cfg
-from axolotl.utils.logging import get_logger
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
 from bapo_plugin.answers.prompts import read_prompts
-from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.compat import only_reading
 from bapo_plugin.evaluation.output import markdown_table, write_result
+from bapo_plugin.evaluation.pairs import pair_margins
 from bapo_plugin.evaluation.run import PROBE, asked_before, measure_retention
 from bapo_plugin.evaluation.subject import Subject, load_run
 from bapo_plugin.models import WHOLE
 from bapo_plugin.prepare import prepare_rows
-from bapo_plugin.scoring.collator import pad_sequences
-from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.retention import mean_and_error
-
-LOG = get_logger("axolotl." + __name__)
 
 RESULT = "bapo-personas"
 _MAX_NEW_TOKENS = 64  # of a former answer, as `bapo eval` asks
-_TOKENS = 4096  # of a batch, padding counted
 _OWN = "*"  # marks a persona's own pairs
-
-Ids = tuple[int, ...]
-# prompt and response
-Sequence_ = tuple[Ids, Ids]
 
 
 def measure_personas(configs: Mapping[str, Path], folders: Sequence[Path]) -> dict[str, Any]:
@@ -107,32 +90,9 @@ def measure_pairs(
         persona -> adapter -> {"accuracy", "margin": {"value", "se"}, "difference": None for its own adapter, else
         {"accuracy", "margin"} less those of its own, paired}.
     """
-    numbers: dict[Sequence_, int] = {}  # what personas share is scored once
-    places = {
-        name: torch.tensor(
-            [
-                [
-                    numbers.setdefault((tuple(row["prompt_ids"]), tuple(row[key])), len(numbers))
-                    for key in ("chosen_ids", "rejected_ids")
-                ]
-                for row in rows
-            ]
-        )
-        for name, rows in pairs.items()
-    }
-    sequences = list(numbers)
-    forward = ResponseForward(log=LOG.info)
-    total = len(sequences) * (1 + len(subject.adapters))
-    with tqdm(total=total, desc="Held-out pairs", unit="response") as bar:
-        with subject.before():
-            before = _logps(subject, forward, sequences, bar)
-        gains = {}
-        for adapter in subject.adapters:
-            with subject.after(adapter):
-                gains[adapter] = _logps(subject, forward, sequences, bar) - before
+    all_margins = pair_margins(subject, pairs)
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, place in places.items():
-        margins = {a: gain[place[:, 0]] - gain[place[:, 1]] for a, gain in gains.items()}
+    for name, margins in all_margins.items():
         columns = {a: {"accuracy": (m > 0).double(), "margin": m} for a, m in margins.items()}
         found[name] = {
             adapter: {key: mean_and_error(values) for key, values in own.items()}
@@ -144,37 +104,6 @@ def measure_pairs(
             for adapter, own in columns.items()
         }
     return found
-
-
-@torch.no_grad()
-def _logps(
-    subject: Subject, forward: ResponseForward, sequences: Sequence[Sequence_], bar: Any
-) -> Tensor:
-    """Log-probs of responses in the state that the model is in, nats, [n] fp64."""
-    model, pad = subject.model, subject.pad_token_id
-    found = torch.empty(len(sequences), dtype=torch.float64)
-    for part in _batches(sequences):
-        prompts, responses = zip(*(sequences[i] for i in part), strict=True)
-        batch = {k: v.to(model.device) for k, v in pad_sequences(prompts, responses, pad).items()}
-        with autocast(model):
-            found[part] = forward(model, model, batch).logps.cpu().double()
-        bar.update(len(part))
-    return found
-
-
-def _batches(sequences: Sequence[Sequence_]) -> Iterator[list[int]]:
-    """Places of sequences of similar length."""
-    sizes = [len(prompt) + len(response) for prompt, response in sequences]
-    part: list[int] = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if (
-            part and sizes[i] * (len(part) + 1) > _TOKENS
-        ):  # the longest so far: all are padded to it
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
 
 
 def matrix_rows(found: Mapping[str, Any]) -> list[list[str]]:

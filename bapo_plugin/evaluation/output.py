@@ -20,7 +20,7 @@ def table_rows(found: dict[str, Any]) -> list[list[str]]:
     """The results as text: a heading, then one row a number, `before` and for each adapter `after`."""
     names = list(found["adapters"])
     rows = [["what", "before", *_headings(names)]]
-    for of, _, label, before, after in _retention(found):
+    for of, _, label, before, after in _former(found):
         rows.append([f"{of}: {label}", before, *(cell for name in names for cell in after[name])])
     for entry in found["tasks"]:
         rows.append([f"{entry['task']}, {entry['metric']}", *_numbers(entry, names)])
@@ -50,25 +50,57 @@ def _headings(names: Sequence[str]) -> list[str]:
     return [heading for name in names for heading in (name, "difference")]
 
 
-def _retention(
+_RANKED = (
+    ("accuracy", "ranked right, share", 0.5),  # no pair has a margin yet: as good as a coin
+    ("margin", "margin, nats", 0.0),
+)
+_KEPT = (
+    ("drift", "drift, nats an answer", 0.0),
+    ("drift_per_token", "drift, nats a token", 0.0),
+    ("lost", "share that lost over 2 nats", 0.0),
+    ("worst_tenth", "drift of the worst tenth", 0.0),
+    ("agreement", "same likeliest token", 1.0),
+    ("kl", "KL(before ‖ after), nats a token", 0.0),
+)
+_REPETITION = (
+    ("repetition", "repeated 4-grams, share"),
+    ("repetition_worst_tenth", "repeated 4-grams, worst tenth"),
+)
+
+
+def _former(
     found: dict[str, Any],
 ) -> Iterator[tuple[str, int, str, str, dict[str, tuple[str, str]]]]:
-    """(of what, prompts, label, before, adapter -> (after, difference)) of former answers."""
+    """(of what, how many, label, before, adapter -> (after, difference)) of pairs and former answers."""
+    if pairs := found["pairs"]:
+        of, n, after = "held-out pairs", pairs["pairs"], pairs["after"]
+        for key, label, at_start in _RANKED:
+            yield of, n, label, _short(at_start, None), _since(after, key, at_start)
     for part, of in (("retention", "former answers"), ("probe", "unrelated prompts")):
-        for key, label, at_start in (
-            ("drift", "drift, nats an answer", 0.0),
-            ("drift_per_token", "drift, nats a token", 0.0),
-            ("lost", "share that lost over 2 nats", 0.0),
-            ("worst_tenth", "drift of the worst tenth", 0.0),
-            ("agreement", "same likeliest token", 1.0),
-            ("kl", "KL(before ‖ after), nats a token", 0.0),
-        ):
-            if found[part]:
+        measured = found[part]
+        if not measured:
+            continue
+        for key, label, at_start in _KEPT:
+            after = _since(measured["after"], key, at_start)
+            yield of, measured["prompts"], label, _short(at_start, None), after
+        for key, label in _REPETITION:
+            if before := measured["before"].get(key):
                 after = {
-                    name: (_short(**numbers[key]), f"{numbers[key]['value'] - at_start:+.3f}")
-                    for name, numbers in found[part]["after"].items()
+                    # scaled adapters weren't asked
+                    name: _after(numbers[key]) if key in numbers else ("", "")
+                    for name, numbers in measured["after"].items()
                 }
-                yield of, found[part]["prompts"], label, _short(at_start, None), after
+                yield of, measured["prompts"], label, _short(before["value"], None), after
+
+
+def _since(
+    after: dict[str, dict[str, Any]], key: str, at_start: float
+) -> dict[str, tuple[str, str]]:
+    """adapter -> (after, difference), where the number before is a constant."""
+    return {
+        name: (_short(**numbers[key]), f"{numbers[key]['value'] - at_start:+.3f}")
+        for name, numbers in after.items()
+    }
 
 
 def _numbers(measured: dict[str, Any], names: Sequence[str]) -> list[str]:
@@ -98,7 +130,7 @@ def _screen(found: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, tu
     Groups with a task's first metric only, subjects not at all: the rest is for the files.
     """
     heading = None
-    for of, number, label, before, after in _retention(found):
+    for of, number, label, before, after in _former(found):
         if of != heading:
             yield of, str(number), "", dict.fromkeys(after, ("", ""))
             heading = of
@@ -132,10 +164,13 @@ def print_table(found: dict[str, Any]) -> None:
     for label, number, before, after in rows:
         for i, name in enumerate(names):
             shown = (label, number, before) if i == 0 else ("", "", "")
-            value, _, error = after[name][0].partition(" ± ")
-            difference = after[name][1]
-            if error and "±" not in difference:  # before is a constant: both have the same error
-                difference += f" ± {error}"
+            value, difference = after[name]
+            if difference:
+                value, _, error = value.partition(" ± ")
+                if (
+                    error and "±" not in difference
+                ):  # before is a constant: both have the same error
+                    difference += f" ± {error}"
             table.add_row(*shown, name, value, difference)
     console.print(table)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from bapo_plugin import __version__
@@ -16,9 +17,12 @@ from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.config import is_active
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
 from bapo_plugin.evaluation.output import ELSEWHERE, print_table, write
+from bapo_plugin.evaluation.pairs import COLUMNS, pair_margins
+from bapo_plugin.evaluation.recorded import digest, recorded_answers, recorded_pairs
 from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 from bapo_plugin.files import must_be_writable
 from bapo_plugin.prepare import prepare_rows
+from bapo_plugin.runs import weights_digest
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
 
@@ -43,6 +47,7 @@ def evaluate(
     load_in_4bit: bool | None = None,
     output: Path | None = None,
     probe: bool | None = None,
+    pairs: bool | None = None,
 ) -> list[Path]:
     """Measure, print a table, and write `bapo-eval.json` and `bapo-eval.md`.
 
@@ -59,6 +64,7 @@ def evaluate(
         load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
         output: folder for the results. Default: the folder of each adapter.
         probe: ask the prompts of `PROBE` too. Default: where neither prompts nor tasks are named.
+        pairs: rank held-out pairs of the YAML. Default: where its held-out rows are read.
 
     Returns:
         The files written.
@@ -81,9 +87,15 @@ def evaluate(
     places = [output] if output else dict.fromkeys(a.folder for a in subject.adapters.values())
     for place in places:
         must_be_writable(place, ELSEWHERE)
-    answers = _former_answers(
-        subject, prompts, chats, max_new_tokens, required=not tasks and not probe
-    )
+    rows = None
+    if pairs or chats is None:
+        required = pairs or prompts is not None or not (tasks or probe)
+        rows = _held_out_rows(subject, required)
+    count = int(prompts) if prompts and chats is None else None
+    if chats is not None:
+        answers = asked_before(subject, chats, max_new_tokens)
+    else:
+        answers = held_out_answers(rows, subject.tokenizer, count) if rows is not None else []
     if probe and not is_asked and not subject.tokenizer.chat_template and answers:
         LOG.warning("The tokenizer has no chat template: unrelated prompts are not asked")
         probe = False
@@ -92,64 +104,87 @@ def evaluate(
     found: dict[str, Any] = {
         "format": 1,
         "model": subject.model.config.name_or_path,
+        "quantization": _quantization(subject.model.config),
+        "template": digest(subject.tokenizer.chat_template),
         "versions": {"axolotl-plugin-bapo": __version__}
         | {n: version(n) for n in ("axolotl", "torch", "transformers", "peft", "lm_eval")},
+        # to measure the same again
+        "asked": {
+            "config": str(config) if config else None,
+            "prompts": prompts,
+            "probe": bool(probed),
+            "tasks": list(tasks),
+            "limit": limit,
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "load_in_4bit": load_in_4bit,
+        },
         "adapters": {name: str(adapter.folder) for name, adapter in subject.adapters.items()},
+        "weights": {name: weights_digest(a.folder) for name, a in subject.adapters.items()},
         "scales": {
             name: adapter.scale
             for name, adapter in subject.adapters.items()
             if adapter.scale is not None
         },
         "data": str(data) if data else None,
+        "pairs": None,
         "retention": None,
         "probe": None,
         "tasks": [],
         "samples": [],
     }
+    if rows is not None and pairs is not False:
+        held_out = _evenly(list(rows.select_columns(list(COLUMNS))), count)
+        found["pairs"] = recorded_pairs(held_out, pair_margins(subject, {"": held_out})[""])
     if answers or probed:
-        retention = measure_retention(subject, answers + probed)
-        sets = (
-            ("retention", answers, slice(len(answers))),
-            ("probe", probed, slice(len(answers), None)),
-        )
-        for name, asked, own in sets:
-            if asked:
-                found[name] = {
-                    "prompts": len(asked),
-                    "tokens": sum(len(answer.answer_ids) for answer in asked),
-                    "after": {name: r.part(own).summary() for name, r in retention.items()},
-                }
-        found["samples"] = _samples(subject, answers + probed, retention, max_new_tokens)
+        sets = {"retention": answers, "probe": probed}
+        # base responses of held-out rows are of any length, and many: repetition is of what is asked anew
+        anew = ("probe",) if chats is None else ("retention", "probe")
+        found |= _measure_answers(subject, sets, anew, max_new_tokens)
     if names:
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
     print_table(found)  # it is there, whatever becomes of the files
     return [path for place in places for path in write(found, place)]
 
 
-def _former_answers(
-    subject: Subject,
-    prompts: str | None,
-    chats: list[Chat] | None,
-    max_new_tokens: int,
-    required: bool,
-) -> list[FormerAnswer]:
-    if chats is not None:
-        return asked_before(subject, chats, max_new_tokens)
+def _held_out_rows(subject: Subject, required: bool) -> Dataset | None:
+    """Tokenised held-out rows of the YAML; None where there are none and none are required.
+
+    Raises:
+        ValueError: they are required.
+    """
     if subject.cfg is None or not is_active(subject.cfg):
-        if prompts is None and not required:
-            return []
+        if not required:
+            return None
         raise ValueError(
             "held-out rows are those of the YAML of a BAPO run; name it, or a file with prompts (--prompts)"
         )
     _, rows = prepare_rows(subject.cfg, subject.tokenizer)
-    if rows is None:
-        if prompts is None and not required:
-            return []
+    if rows is None and required:
         raise ValueError(
             "there are no held-out rows: set val_set_size or test_datasets, or name a file with prompts "
             "(--prompts)"
         )
-    return held_out_answers(rows, subject.tokenizer, int(prompts) if prompts else None)
+    return rows
+
+
+def _evenly(rows: list, count: int | None) -> list:
+    """At most so many, evenly spread."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _quantization(config: Any) -> str | None:
+    """In words, of a loaded model's configuration."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    for bits in (4, 8):
+        if found.get(f"load_in_{bits}bit"):
+            return f"{bits}-bit"
+    return str(found.get("quant_method"))
 
 
 def asked_before(subject: Subject, chats: list[Chat], max_new_tokens: int) -> list[FormerAnswer]:
@@ -181,31 +216,88 @@ def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict
         )
 
 
+def _measure_answers(
+    subject: Subject,
+    sets: Mapping[str, list[FormerAnswer]],
+    anew: Sequence[str],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Former answers as `recorded_answers` says them, by set, and samples to be read.
+
+    Args:
+        sets: name of a set -> former answers; empty sets are left out.
+        anew: sets whose prompts each adapter answers too, to measure repetition.
+        max_new_tokens: of an adapter's answer.
+    """
+    answers = [answer for own in sets.values() for answer in own]
+    places, start = {}, 0
+    for name, own in sets.items():
+        if own:
+            places[name] = range(start, start + len(own))
+        start += len(own)
+    retention = measure_retention(subject, answers)
+    worst = torch.stack([result.drift for result in retention.values()]).min(0).values
+    shown = worst.argsort(stable=True)[:_SAMPLES].tolist()
+    whole = [i for name, own in places.items() if name in anew for i in own]
+    after = _answers_after(subject, answers, whole, shown, max_new_tokens)
+    asked = [name for name, adapter in subject.adapters.items() if adapter.scale is None]
+    found: dict[str, Any] = {
+        name: recorded_answers(
+            sets[name],
+            {a: kept.part(slice(own.start, own.stop)) for a, kept in retention.items()},
+            {a: [after[a][i] for i in own] for a in asked} if name in anew else {},
+        )
+        for name, own in places.items()
+    }
+    return found | {"samples": _samples(subject, answers, retention, after, shown)}
+
+
+def _answers_after(
+    subject: Subject,
+    answers: Sequence[FormerAnswer],
+    whole: Sequence[int],
+    shown: Sequence[int],
+    max_new_tokens: int,
+) -> dict[str, dict[int, list[int]]]:
+    """What adapters answer now, with a progress bar: adapter -> place of the prompt -> token ids.
+
+    Args:
+        whole: places of prompts for repetition; scaled adapters are not asked these.
+        shown: places of prompts whose answers are to be read.
+    """
+    places = {
+        name: list(dict.fromkeys([*shown, *(whole if adapter.scale is None else ())]))
+        for name, adapter in subject.adapters.items()
+    }
+    found = {}
+    total = sum(map(len, places.values()))
+    with tqdm(total=total, desc="Answers after training", unit="prompt") as bar:
+        for name, own in places.items():
+            prompts = [answers[i].prompt_ids for i in own]
+            with subject.after(name):
+                ids = subject.asker().answer(prompts, max_new_tokens, bar.update)
+            found[name] = dict(zip(own, ids, strict=True))
+    return found
+
+
 def _samples(
     subject: Subject,
-    answers: list[FormerAnswer],
+    answers: Sequence[FormerAnswer],
     retention: Mapping[str, Retention],
-    max_new_tokens: int,
+    after: Mapping[str, Mapping[int, Sequence[int]]],
+    shown: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Answers before and after, to be read: those that lost most under any adapter first."""
-    worst = torch.stack([result.drift for result in retention.values()]).min(0).values
-    order = worst.argsort(stable=True)[:_SAMPLES].tolist()
-    shown = [answers[i] for i in order]
-    prompts = [answer.prompt_ids for answer in shown]
 
     def text(ids: Sequence[int]) -> str:
         return subject.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    after = {}
-    for name in subject.adapters:
-        with subject.after(name):
-            after[name] = subject.asker().answer(prompts, max_new_tokens)
     return [
         {
-            "prompt": answer.prompt,
-            "before": text(answer.answer_ids),
+            "prompt": answers[i].prompt,
+            "before": text(answers[i].answer_ids),
             "after": {name: text(ids[i]) for name, ids in after.items()},
-            "drift": {name: float(result.drift[order[i]]) for name, result in retention.items()},
+            "drift": {name: float(result.drift[i]) for name, result in retention.items()},
         }
-        for i, answer in enumerate(shown)
+        for i in shown
     ]

@@ -69,8 +69,11 @@ class Subject:
         """Lets the model answer as it does for base responses, in the state that it is in."""
         if self.cfg is None or not is_active(self.cfg):
             return Asker(self.model, self.tokenizer)
-        own = own_stops(self.tokenizer, parse_block(dict(self.cfg.bapo)).anchors.stop)
-        return Asker(self.model, self.tokenizer, template_date(self.cfg), own)
+        bapo = parse_block(dict(self.cfg.bapo))
+        own = own_stops(self.tokenizer, bapo.anchors.stop)
+        return Asker(
+            self.model, self.tokenizer, template_date(self.cfg), own, bapo.special_tokens_in_words
+        )
 
     @contextmanager
     def before(self) -> Iterator[None]:

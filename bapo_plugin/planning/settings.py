@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from bapo_plugin.checks import check_config
 from bapo_plugin.config import BAPOConfig
+from bapo_plugin.yaml_files import read_yaml
+
+_CHECKPOINTING = "gradient_checkpointing_kwargs"
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,8 @@ def read_settings(path: Path, **changes: Any) -> tuple[RunSettings, dict[str, An
     Raises:
         ValueError: it is no YAML, no run of BAPO or DPO, or a key has a value that can't be.
     """
-    try:
-        cfg = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(cfg, dict) or str(cfg.get("rl")).lower() not in ("bapo", "dpo"):
+    cfg = read_yaml(path)
+    if str(cfg.get("rl")).lower() not in ("bapo", "dpo"):
         raise ValueError(f"{path} is not a run of preferences: it needs `rl: bapo` (or `rl: dpo`)")
     bapo = check_config(cfg) if str(cfg["rl"]).lower() == "bapo" else BAPOConfig()
     if not cfg.get("base_model"):
@@ -113,7 +112,7 @@ def read_settings(path: Path, **changes: Any) -> tuple[RunSettings, dict[str, An
     half, dtype = _precision(cfg)
     precompute = bapo.precompute_ref_log_probs
     bits = 4 if cfg.get("load_in_4bit") else 8 if cfg.get("load_in_8bit") else 16
-    bnb = cfg.get("bnb_config_kwargs") or {}
+    bnb, checkpointing = _block(cfg, "bnb_config_kwargs"), _block(cfg, _CHECKPOINTING)
     settings = RunSettings(
         base_model=str(cfg["base_model"]),
         **numbers,
@@ -125,13 +124,13 @@ def read_settings(path: Path, **changes: Any) -> tuple[RunSettings, dict[str, An
         goes_on=bool(cfg.get("lora_model_dir")) and bapo.reference == "start",
         optimizer=str(cfg.get("optimizer") or "adamw_torch_fused"),
         checkpointing=bool(cfg.get("gradient_checkpointing")),
-        reentrant=bool((cfg.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")),
+        reentrant=bool(checkpointing.get("use_reentrant")),
         bapo=bapo,
         precompute=bool(adapter) if precompute is None else precompute,
         attention=str(cfg.get("attn_implementation") or "sdpa"),
         revision=cfg.get("revision_of_model"),
         trust_remote_code=bool(cfg.get("trust_remote_code")),
-        model_overrides=dict(cfg.get("overrides_of_model_config") or {}),
+        model_overrides=_block(cfg, "overrides_of_model_config"),
     )
     settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
     prompt, response = settings.row
@@ -140,6 +139,13 @@ def read_settings(path: Path, **changes: Any) -> tuple[RunSettings, dict[str, An
             f"sequence_len: {settings.sequence_len} leaves no room for a prompt and a response"
         )
     return settings, cfg
+
+
+def _block(cfg: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = cfg.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key}: {value!r} must be a block of settings; mend or remove it")
+    return dict(value or {})
 
 
 def _whole(cfg: Mapping[str, Any], key: str, default: int) -> int:

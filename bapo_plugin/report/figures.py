@@ -132,10 +132,12 @@ def make_figures(runs: Sequence[Run]) -> list[Figure]:
         _figure(
             "anchor",
             "Anchor activity",
-            "The share of rows whose anchor pulls because their base response has moved; with anchor_weight: auto the "
+            "The share of the base responses' tokens whose anchor pulls because they have become less likely (with "
+            "anchor_level: response or anchor_loss: kl, of rows), and what they have lost; with anchor_weight: auto the "
             "weight that was found, and with kl and keep the divergence that is held.",
             [
-                _by_run(runs, "anchor/active", "Active anchors", "share of rows", (0, 1)),
+                _by_run(runs, "anchor/active", "Active anchors", "share", (0, 1)),
+                _by_run(runs, "anchor/lost", "Lost by tokens", "nats a token", has_zero=True),
                 _by_run(runs, "anchor/weight", "Weight λ", "λ", has_zero=True),
                 _by_run(runs, "anchor/kl", "Divergence of rows", "nats a token", has_zero=True),
                 _by_run(

@@ -16,6 +16,7 @@ TRAINER_CLS = (
     "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
 )
 RESPONSES = ("chosen", "base", "rejected")
+_CHECKPOINT = r"checkpoint-\d+"
 # methods of TRL whose rewards are β · (log π_θ − log π_ref); those of CPO, ORPO and SimPO have no reference
 _REFERENCED = ("dpo", "ipo")
 
@@ -100,6 +101,22 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [_read(place, name) for place, name in zip(places, names, strict=True)]
 
 
+def read_settings(folder: Path, name: str) -> Run:
+    """A run of which only the configuration is read, and its versions and numbers of rows; no training log is needed.
+
+    Args:
+        folder: output folder, or a checkpoint in it.
+        name: to be shown.
+
+    Raises:
+        ValueError: a record that can't be read.
+    """
+    run = Run(folder, name, step=0, planned=None, is_finished=None, series={})
+    is_checkpoint = re.fullmatch(_CHECKPOINT, folder.resolve().name)
+    _add_configuration(run, [folder, folder.resolve().parent] if is_checkpoint else [folder])
+    return run
+
+
 @dataclass
 class _Place:
     """Where the files of a run are."""
@@ -131,7 +148,7 @@ class _Place:
                 "first with its first checkpoint (save_steps in its YAML); is this its output_dir?"
             )
         parts = list(folder.parts[1:]) or [str(folder)]
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
+        if re.fullmatch(_CHECKPOINT, folder.name):
             return cls(states, folder, [folder, folder.parent], [*parts[:-2], "/".join(parts[-2:])])
         return cls(states, folder, [folder], parts)
 

@@ -11,6 +11,8 @@ from bapo_plugin.report.tables import decimal
 _LEARNED, _PARTLY = 0.8, 0.65
 # shares of former answers that lost more than 2 nats
 _KEPT, _DAMAGED = 0.05, 0.25
+# rise of the share of repeated 4-grams
+_REPEATS = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,20 @@ def _kept(run: Run) -> str:
         of = f"{count:.0f} {whose}" if count > 0 else whose
         return (
             f"{word}: {lost:.0%} of {of} lost more than 2 nats; the worst tenth drifted by "
-            f"{decimal(worst, sign=True)} nats"
+            f"{decimal(worst, sign=True)} nats{_repeats(metrics)}"
         )
     return ""
+
+
+def _repeats(metrics: Any) -> str:
+    """Where answers clearly repeat themselves more than before; nothing else is said."""
+    part = metrics.get("repetition")
+    if not isinstance(part, dict):
+        return ""
+    after, change, error = (number(part.get(k)) for k in ("value", "difference", "difference_se"))
+    if not (change > _REPEATS and change > 2 * error):
+        return ""
+    return f". Answers repeat themselves: {after - change:.0%} of 4-grams before, {after:.0%} now"
 
 
 def _value(metrics: Any, name: str) -> float:

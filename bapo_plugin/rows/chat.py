@@ -30,7 +30,7 @@ class ChatRows:
         conversation = read_conversation(row, self._fields)
         base = read_base(row, self._fields, conversation.history)
         rendered = self._template.render(conversation, base)
-        check_system(row, rendered.ask, self._fields.system)
+        check_system(row, self._template.words.show(rendered.ask), self._fields.system)
         order = odd_order(conversation.history)
         found = (
             *rendered.notices,
@@ -59,4 +59,7 @@ class Prompts:
         chat = json.loads(row["chat"])
         ask = self._template.ask(chat)
         words = chat[-1]["content"]
-        return RenderedRow(ask, ask, None, None, None, False, None, words)
+        notice = self._template.words.notice([ask])
+        return RenderedRow(
+            ask, ask, None, None, None, False, None, words, (notice,) if notice else ()
+        )

@@ -5,7 +5,6 @@
 it looks as text is the business of `rows/template.py`.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,13 @@ from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.oddities import (
     REASONING,
     Message,
+    check_characters,
     check_head,
     check_history,
     check_repeat,
     plain,
 )
+from bapo_plugin.rows.tools import read_tool_call, read_tools
 
 # role of a conversation -> what data sets call it; `roles:` of the entry adds to it
 ROLES = {
@@ -130,7 +131,9 @@ def read_conversation(row: Mapping[str, Any], fields: Fields) -> Conversation:
             history = [{"role": "system", "content": text}, *history]
     check_history(history)
     check_repeat(history[-1]["content"], chosen[-1]["content"], rejected[-1]["content"])
-    return Conversation(history, chosen[-1], rejected[-1], _tools(row, fields))
+    return Conversation(
+        history, chosen[-1], rejected[-1], read_tools(row.get(fields.tools), fields.tools)
+    )
 
 
 class BaseResponse(NamedTuple):
@@ -168,18 +171,27 @@ def read_base(
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(
-            f"base must end with a message of the assistant, not of {_own_role(value, fields)!r}"
+            f"base must end with a message of the assistant, not of {_own_role(value, fields)!r:.60}"
         )
     if not last["content"].strip() and not set(last) - {"role", "content"}:
         return None
     if history is not None:
         check_head("base", messages[:-1], history)
     said = last["content"] if set(last) == {"role", "content"} else last
+    check_characters(last["content"], "base")
     tokens = row.get(f"{name}_tokens")
+    if tokens is not None and not _are_ids(tokens):
+        raise RowError(f"{name}_tokens is {str(tokens)[:60]!r}; it must be a list of token ids")
     return BaseResponse(
         said,
         read_flag(row.get(f"{name}_cut"), f"{name}_cut"),
-        tuple(tokens) if isinstance(tokens, list) and tokens else None,
+        tuple(tokens) if tokens else None,
+    )
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value
     )
 
 
@@ -208,7 +220,7 @@ def read_flag(value: Any, name: str) -> bool:
         return bool(value)
     if (key := str(value).strip().lower().removesuffix(".0")) in words:
         return words[key]
-    raise RowError(f"{name} is {value!r}; it must be true or false")
+    raise RowError(f"{name} is {str(value)[:60]!r}; it must be true or false")
 
 
 def _history(row: Mapping[str, Any], fields: Fields) -> list[Message]:
@@ -245,7 +257,7 @@ def _response(row: Mapping[str, Any], column: str, name: str, fields: Fields) ->
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError(
-            f"{name} must end with a message of the assistant, not of {_own_role(value, fields)!r}; remove what "
+            f"{name} must end with a message of the assistant, not of {_own_role(value, fields)!r:.60}; remove what "
             "comes after the response, or the row"
         )
     if not last["content"].strip() and not last.get("tool_calls"):
@@ -295,7 +307,7 @@ def _message(value: Mapping[str, Any], name: str, role: str | None, fields: Fiel
     said = message.get("role") or role
     if not isinstance(said, str) or said not in fields.roles:
         raise RowError(
-            f"{name} has the role {said!r}, which is none of {', '.join(sorted(fields.roles))}; add it to `roles:` of "
+            f"{name} has the role {said!r:.60}, which is none of {', '.join(sorted(fields.roles))}; add it to `roles:` of "
             "the data set's entry"
         )
     message["role"] = fields.roles[said]
@@ -305,7 +317,7 @@ def _message(value: Mapping[str, Any], name: str, role: str | None, fields: Fiel
         if not isinstance(calls, list):
             raise RowError(f"the tool calls of {name} are {kind_of(calls)}; they must be a list")
         if calls:
-            message["tool_calls"] = [_tool_call(call, name) for call in calls]
+            message["tool_calls"] = [read_tool_call(call, name) for call in calls]
     for key in REASONING:
         if not isinstance(message.get(key, ""), str):
             raise RowError(f"{key} of {name} is {kind_of(message[key])}; it must be text")
@@ -335,45 +347,6 @@ def _content(message: Message, name: str) -> str:
     return content
 
 
-def _tool_call(call: Any, name: str) -> dict[str, Any]:
-    """As templates want it: {"function": {"name", "arguments"}}, arguments as a mapping, and nothing that only Arrow
-    put there."""
-    call = _without_null(call)
-    if isinstance(call, dict) and "function" not in call and "name" in call:
-        call = {"type": "function", "function": call}
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(
-            f"a tool call of {name} is {str(call)[:60]!r}; it must have a function with a name"
-        )
-    if isinstance(function.get("arguments"), str):
-        try:
-            arguments = json.loads(function["arguments"])
-        except ValueError:
-            return call
-        if isinstance(arguments, dict):
-            function["arguments"] = arguments
-    return call
-
-
-def _tools(row: Mapping[str, Any], fields: Fields) -> list[dict] | None:
-    tools = row.get(fields.tools)
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise RowError(f"tools is text that is no JSON (column {fields.tools!r})") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError(
-            f"tools is {kind_of(tools)} (column {fields.tools!r}); it must be a list of JSON schemas"
-        )
-    if any(not isinstance(tool.get("function", tool), Mapping) for tool in tools):
-        raise RowError(f"tools has an entry that is no function (column {fields.tools!r})")
-    return [_without_null(tool) for tool in tools]
-
-
 def _own_role(value: Any, fields: Fields) -> Any:
     """The role of the last message as the row calls it."""
     last = value[-1] if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -384,11 +357,3 @@ def is_blank(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, (Sequence, Mapping)) and not value)
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_null(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_null(v) for v in value]
-    return value

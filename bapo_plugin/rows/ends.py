@@ -100,7 +100,7 @@ def find_end(tokenizer: Any, apply: Callable[[list[dict]], str], stops: set[int]
         tail = last[last.rindex(said) + len(said) :]
     except RowError as error:
         raise ValueError(
-            f"the chat template can't write a question and an answer: {error}; check `chat_template:`"
+            f"the chat template can't write a question and an answer: {error}; check `chat_template:` and `chat_template_jinja:`"
         ) from error
     try:
         more = apply([*turns, {"role": "user", "content": "gnu"}])

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from bapo_plugin.blocks import can_be_path
 from bapo_plugin.runs import without_secrets
 
 # keys of an entry that are ours, or that axolotl reads without having them in a schema
@@ -41,6 +42,8 @@ def check_entry(where: str, entry: Any) -> list[str]:
         ]
     known = known_keys()
     problems = []
+    if not can_be_path(entry["path"]):
+        problems.append(f"{where}.path: {entry['path'][:40]!r} can't be the name of a file")
     inner = entry.get("type")
     blocks = [("", entry)] + ([("type.", inner)] if isinstance(inner, Mapping) else [])
     for prefix, block in blocks:

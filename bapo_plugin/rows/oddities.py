@@ -1,6 +1,7 @@
 """What a conversation must not be, and what is odd in it though it can be used."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,8 +13,24 @@ Message = dict[str, Any]
 #: a row's problem
 IDENTICAL = "chosen and rejected are identical: there is no preference in it; remove the row"
 
+#: Unicode keeps these for a program's own use
+RESERVED = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+_RESERVED = re.compile(f"[{RESERVED}]")
+
 # keys under which a message may hold the model's thoughts
 REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse a text that holds what we put in place of special tokens.
+
+    Raises:
+        RowError: it does.
+    """
+    if digit := _RESERVED.search(text):
+        raise RowError(
+            f"{name} holds U+{ord(digit.group()):04X}, which Unicode keeps free of characters; take it out"
+        )
 
 
 def check_history(history: list[Message]) -> None:

@@ -10,6 +10,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
 
 from bapo_plugin.rows.conversation import Fields, is_blank
+from bapo_plugin.rows.files import check_files, check_utf8, local_files, what_is_wrong
 from bapo_plugin.rows.template import RenderedRow
 from bapo_plugin.rows.tokens import Encoder
 
@@ -48,14 +49,17 @@ def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple
     Raises:
         ValueError: it can't be loaded, has no rows, or not the split.
     """
+    check_files(entry, name)
     for config in datasets_with_name_generator([entry]):
         try:
             rows = load_dataset_with_config(config, token, streaming=False)
         except Exception as error:  # whatever axolotl, `datasets`, or a hub runs into
+            if wrong := next(filter(None, map(what_is_wrong, local_files(entry))), ""):
+                raise ValueError(f"{name} can't be loaded: {wrong}") from error
             cause = error.__cause__ or error
             raise ValueError(
-                f"{name} can't be loaded: {type(cause).__name__}: {cause}; check `path:`, `split:` and `ds_type:`, and the "
-                "file itself"
+                f"{name} can't be loaded: {type(cause).__name__}: {' '.join(str(cause).split())}; check `path:`, `split:` and "
+                "`ds_type:`, and the file itself"
             ) from error
         if isinstance(rows, DatasetDict):
             if "train" not in rows:
@@ -67,6 +71,7 @@ def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple
             rows = rows.shard(config["shards"], config.get("shards_idx") or 0)
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows: check the file and `split:`")
+        check_utf8(rows, name)
         yield name, rows
 
 

@@ -28,6 +28,7 @@ from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
 from bapo_plugin.rows.oddities import IDENTICAL, check_repeat, check_system, repeats
 from bapo_plugin.rows.template import RenderedRow, has_words, tokens_of
+from bapo_plugin.rows.words import Words
 
 Row = dict[str, Any]
 Transform = Callable[[Row], Row]
@@ -63,6 +64,7 @@ class StrategyRows:
         stops: ends of turn, for responses that bring one, or lack it.
         entry: the data set's entry in the YAML; `field_chosen`, `field_rejected`, `field_prompt` and
             `field_messages` name the columns to look at first.
+        words: of special tokens in the row's own words; None: the row or the strategy says itself what is a token.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class StrategyRows:
         fields: Fields,
         stops: StopTexts,
         entry: Mapping[str, Any] | None = None,
+        words: Words | None = None,
     ):
         self._transform = transform
         self._fields = fields
         self._stops = stops
+        self._words = words
         inner = (entry or {}).get("type")
         settings = {**(entry or {}), **(inner if isinstance(inner, Mapping) else {})}
         names = {part: [settings.get(f"field_{part}")] for part in _COLUMNS}
@@ -92,7 +96,7 @@ class StrategyRows:
             RowError: a response is missing, empty, of a wrong type or not the assistant's, the strategy
                 fails on the row, changes its words, or gives no place for the base response.
         """
-        row = dict(row)
+        row = self._own_words(dict(row))
         self._check_columns(row)
         texts = self._render(row)
         for name in _COLUMNS:
@@ -104,10 +108,17 @@ class StrategyRows:
                 )
             if not value.strip():
                 raise RowError(f"{name} is empty; fill it or remove the row")
+            if self._words:
+                self._words.check(value, name)
+                if end := name != "prompt" and self._stops.first_inside(self._stops.strip(value)):
+                    raise RowError(
+                        f"{name} goes on behind an end of turn ({end!r}), as if it held several turns; leave one answer in it"
+                    )
         places = self._places(row, texts)
         for name, place in places.items():
             if place is not None:
                 self._check_source(row, texts[name], name, place)
+                self._check_messages(row, texts["prompt"] + texts[name], name, place)
         if places["chosen"] is None:
             raise RowError(
                 "found no place for the base response: no column can be changed such that only the rendered chosen "
@@ -119,7 +130,9 @@ class StrategyRows:
         check_system(row, texts["prompt"], None)
         for prompt in (words, texts["prompt"]):
             check_repeat(prompt, texts["chosen"], texts["rejected"])
-        notice = repeats(words, (texts["chosen"], texts["rejected"]))
+        notices = [repeats(words, (texts["chosen"], texts["rejected"]))]
+        if self._words:
+            notices.append(self._words.notice([texts[name] for name in _COLUMNS]))
         base = read_base(row, self._fields)
         return RenderedRow(
             ask=texts["prompt"],
@@ -130,13 +143,35 @@ class StrategyRows:
             base_cut=base is not None and base.cut,
             base_tokens=tokens_of(base),
             words=words,
-            notices=(notice,) if notice else (),
+            notices=tuple(filter(None, notices)),
         )
 
     @property
     def places(self) -> dict[str, str]:
         """Part -> where it stood in the last row, as "column" or "column.-1.content"."""
         return {name: ".".join(map(str, place.slot)) for name, place in self._last.items()}
+
+    def _own_words(self, row: Row) -> Row:
+        """The row with stand-ins for special tokens; the end of turn that a response brings is none of them."""
+        if self._words is None:
+            return row
+        base = self._fields.base  # what a model said: its special tokens are those that it gave
+        own = (base, f"{base}_cut", f"{base}_tokens") if base else ()
+        responses = {*self._columns["chosen"], *self._columns["rejected"]}
+        found = {}
+        for column, value in row.items():
+            if column in own:
+                found[column] = value
+            elif column not in responses:
+                found[column] = self._words.hide(value, column)
+            elif isinstance(value, list):  # the last message is the response
+                found[column] = [
+                    *self._words.hide(value[:-1], column),
+                    *self._words.hide(value[-1:], column, self._stops.strip),
+                ]
+            else:
+                found[column] = self._words.hide(value, column, self._stops.strip)
+        return found
 
     def _check_columns(self, row: Row) -> None:
         for name in ("chosen", "rejected"):
@@ -152,7 +187,7 @@ class StrategyRows:
                 role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
                 if isinstance(role, str) and self._fields.roles.get(role, role) != "assistant":
                     raise RowError(
-                        f"{name} must end with a message of the assistant, not of {role!r}; remove what comes after "
+                        f"{name} must end with a message of the assistant, not of {role!r:.60}; remove what comes after "
                         "the response, or the row"
                     )
 
@@ -254,8 +289,26 @@ class StrategyRows:
         if not has_words(text, value):
             raise RowError(
                 f"the prompt strategy does not write {name} as the row has it: {value.strip()[:60]!r} became "
-                f"{text[:60]!r}"
+                f"{text[:60]!r}; use another `type:`, or mend the row"
             )
+
+    def _check_messages(self, row: Row, text: str, name: str, place: _Place) -> None:
+        """A conversation arrives as a whole: some strategies take two messages of it, however many there are."""
+        column = place.slot[0]
+        messages = row[column]
+        if column not in self._columns[name] or not isinstance(messages, list):
+            return
+        for i, message in enumerate(messages, start=1):
+            said = message
+            if isinstance(message, Mapping):
+                said = message.get("content", message.get("value"))
+            if said is not None and not isinstance(said, str):
+                raise RowError(f"message {i} of {name} is {kind_of(said)}; it must be text")
+            if said and not has_words(text, said):
+                raise RowError(
+                    f"the prompt strategy leaves out message {i} of {name} ({said.strip()[:60]!r}); use one for whole "
+                    "conversations, such as chat_template.argilla_chat, or remove the message"
+                )
 
     def _slots(self, row: Row, name: str) -> Iterator[Slot]:
         columns = [c for c in self._columns[name] if c in row]
@@ -264,6 +317,16 @@ class StrategyRows:
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))
+
+
+def is_axolotls(transform: Transform) -> bool:
+    """Whether a strategy is one of axolotl's that put words into a template of their own, so that special tokens in a
+    row are words. `passthrough` takes rows that are rendered already."""
+    function: Any = transform
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__module__", None) or ""
+    return name.startswith("axolotl.") and not name.endswith(".passthrough")
 
 
 def source_of(transform: Transform) -> list[tuple[str, str]]:
@@ -299,7 +362,7 @@ def _leaves(value: Any, path: Slot) -> Iterator[Slot]:
         # the text of a message before its role and whatever else it has
         for key in sorted(value, key=lambda k: k not in ("content", "value", "answer", "text")):
             yield from _leaves(value[key], (*path, key))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for i in range(1, len(value) + 1):
             yield from _leaves(value[-i], (*path, -i))
     else:

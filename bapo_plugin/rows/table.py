@@ -1,118 +1,30 @@
-"""Whole tables of rendered rows: which are faulty, odd, cut or too long, and the split by prompt."""
+"""Whole tables of rendered rows: which are odd, cut or too long, and the split by prompt.
+
+Tables may have millions of rows: they are read batch by batch, and at most some bytes of a row are held.
+"""
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
-from bapo_plugin.files import write_whole
 from bapo_plugin.rows.columns import IDS
-from bapo_plugin.rows.errors import report_rows
+from bapo_plugin.rows.errors import SHOWN, report_rows
 from bapo_plugin.rows.tokens import READY
 
 LOG = get_logger("axolotl." + __name__)
 
 
-class Faults:
-    """Collects rows that can't be used, of all data sets, to report or drop them together.
+class Said(NamedTuple):
+    """Rows of which the same is said: how many, and the numbers of the first five, from 1."""
 
-    Args:
-        folder: where all of them are written to a file.
-        policy: "error" stops when all data sets are seen; "drop" leaves the rows out, counted.
-    """
-
-    def __init__(self, folder: Path, policy: str):
-        self.path = folder / "bapo-faulty-rows.jsonl"
-        self._drop = policy == "drop"
-        self._totals: dict[str, int] = {}
-        self._faulty: dict[str, list[tuple[int, str]]] = {}
-        self._fatal: dict[str, list[tuple[int, str]]] = {}
-        self._empty: list[str] = []
-
-    def take(self, name: str, rows: Dataset, total: int) -> Dataset:
-        """The rows without faulty ones; what is odd but usable is said once."""
-        self._totals[name] = total
-        _say_notices(name, rows, total)
-        faulty = where(rows, "problem", lambda text: text != "")
-        if faulty:
-            found = self._faulty if self._drop else self._fatal
-            found[name] = numbered(rows, faulty, "problem")
-            if self._drop and len(faulty) == len(rows):
-                self._empty.append(
-                    f"{name}: no row is left without those that can't be used, see {self.path}"
-                )
-        return without(rows, faulty)
-
-    def take_missing(self, name: str, rows: Dataset, column: str | None, policy: str) -> Dataset:
-        """The rows that have a base response; those that have none are skipped, or reported ("error")."""
-        lacking = where(rows, "lacks", bool)
-        if not lacking:
-            return rows
-        if policy == "skip":
-            LOG.warning(
-                f"{name}: {len(lacking):,} of {len(rows):,} rows have no base response and are left out "
-                "(bapo.anchors.on_missing: skip)"
-            )
-            if len(lacking) == len(rows):
-                self._empty.append(
-                    f"{name}: no row is left without those that have no base response; see bapo.anchors.on_missing"
-                )
-        else:
-            place = f"column {column!r}" if column else "field_base: false"
-            text = (
-                f"base is missing or empty ({place}); put there what the model answers to the prompt before training, "
-                "have it generated (bapo.anchors.on_missing: generate), or remove the row"
-            )
-            numbers = rows.select_columns(["row"])
-            found = self._fatal.setdefault(name, [])
-            found += [(numbers[i]["row"], text) for i in lacking]
-            found.sort()
-        return without(rows, lacking)
-
-    def settle(self, write: bool) -> None:
-        """Say what was found.
-
-        Args:
-            write: whether this process writes the file.
-
-        Raises:
-            ValueError: there are rows that can't be used and may not be dropped, or nothing is left.
-        """
-        if write and (self._faulty or self._fatal):
-            self._write()
-        if self._fatal or self._empty:
-            messages = [
-                report_rows(name, rows, self._totals[name]) for name, rows in self._fatal.items()
-            ]
-            if self._fatal:
-                remedy = f"All of them are in {self.path}. Mend the rows"
-                messages.append(
-                    remedy
-                    + ("." if self._drop else ", or leave them out with `bapo.on_faulty: drop`.")
-                )
-            raise ValueError("\n".join(messages + self._empty))
-        for name, faulty in self._faulty.items():
-            LOG.warning(
-                f"{name}: {len(faulty):,} of {self._totals[name]:,} rows can't be used and are left out (bapo.on_faulty: "
-                f"drop); all of them, with reasons, are in {self.path}. The first is row {faulty[0][0]}: {faulty[0][1]}"
-            )
-
-    def _write(self) -> None:
-        lines = [
-            json.dumps({"data set": name, "row": row, "problem": problem}, ensure_ascii=False)
-            for found in (self._faulty, self._fatal)
-            for name, rows in found.items()
-            for row, problem in rows
-        ]
-        text = "\n".join(lines) + "\n"
-        content = text.encode("utf-8", "backslashreplace")
-        write_whole(self.path, content, "name another dataset_prepared_path")
+    rows: int
+    first: list[int]
 
 
 def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str) -> Dataset:
@@ -128,34 +40,29 @@ def finish(rows: Dataset, name: str, sequence_len: int, policy: str, on_cut: str
     Raises:
         ValueError: cut rows with "error", long ones with "raise", or no row is left.
     """
+    # before rows are left out: beside some of a table's rows a column can't be put without writing them anew
+    rows = rows.add_column("open_tokens", lengths(rows, "open_ids"))
     rows = _apply_on_cut(rows, name, on_cut)
     long = check_long(rows, name, sequence_len, policy)
     cut = len(where(rows, "length", lambda text: text == "cut"))
-    if cut or long:
+    if cut or len(long):
         LOG.warning(
             f"{name}: sequence_len {sequence_len}, counting chosen, rejected and base: {cut:,} rows cut, "
             f"{len(long):,} dropped, {len(rows) - cut - len(long):,} untouched"
         )
-    rows = without(rows, long)
-    counts = np.concatenate(
-        [
-            np.array([len(ids) for ids in part["open_ids"]], dtype=np.int32)
-            for part in rows.select_columns(["open_ids"]).iter(batch_size=10_000)
-        ]
-    )
-    return rows.add_column("open_tokens", counts).select_columns(list(READY))
+    return without(rows, long).select_columns(list(READY))
 
 
-def check_long(rows: Dataset, name: str, sequence_len: int, policy: str) -> list[int]:
-    """Indices of rows that are too long for `sequence_len`.
+def check_long(rows: Dataset, name: str, sequence_len: int, policy: str) -> np.ndarray:
+    """Indices, int64, of rows that are too long for `sequence_len`.
 
     Raises:
         ValueError: there are any and the policy is "raise", or all are.
     """
     long = where(rows, "length", lambda text: text == "long")
-    if long and policy == "raise":
+    if len(long) and policy == "raise":
         raise ValueError(_report_long(name, rows, long, sequence_len))
-    if long and len(long) == len(rows):
+    if len(long) and len(long) == len(rows):
         raise ValueError(
             f"{name}: all {len(long)} rows are longer than sequence_len: {sequence_len}; raise sequence_len or set "
             "`excess_length_strategy: truncate`"
@@ -163,20 +70,29 @@ def check_long(rows: Dataset, name: str, sequence_len: int, policy: str) -> list
     return long
 
 
-def where(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> list[int]:
-    """Indices of rows whose cell is wanted."""
-    found: list[int] = []
+def where(rows: Dataset, column: str, wanted: Callable[[Any], bool]) -> np.ndarray:
+    """Indices, int64, of rows whose cell is wanted."""
+    found = [np.zeros(0, dtype=np.int64)]
     start = 0
-    for part in rows.select_columns([column]).iter(batch_size=10_000):
-        found += [start + i for i, value in enumerate(part[column]) if wanted(value)]
-        start += len(part[column])
-    return found
+    for part in rows.select_columns([column]).iter(batch_size=1000):
+        marks = np.fromiter(map(wanted, part[column]), dtype=bool)
+        found.append(start + np.flatnonzero(marks))
+        start += len(marks)
+    return np.concatenate(found)
+
+
+def lengths(rows: Dataset, *columns: str) -> np.ndarray:
+    """How many tokens each row has in these columns together, int32."""
+    found = [np.zeros(0, dtype=np.int32)]
+    for part in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000):
+        counts = [pc.list_value_length(part[column]).to_numpy() for column in columns]
+        found.append(np.sum(counts, axis=0, dtype=np.int32))
+    return np.concatenate(found)
 
 
 def overlap(train: Dataset, held_out: Dataset) -> int:
     """How many held-out rows have a prompt that is in training too."""
-    known = set(_prompts(train).tolist())
-    return sum(prompt in known for prompt in _prompts(held_out).tolist())
+    return int(np.isin(_prompts(held_out), _prompts(train)).sum())
 
 
 def kept_among(rows: Dataset, kept: Dataset) -> int:
@@ -186,9 +102,9 @@ def kept_among(rows: Dataset, kept: Dataset) -> int:
         rows: prepared rows.
         kept: prepared prompts of `bapo.keep`, whose `prompt_ids` are all that the model was asked with.
     """
-    known = set(_prompts(kept).tolist())
-    pairs = zip(_prompts(rows).tolist(), _prompts(rows, opened=True).tolist(), strict=True)
-    return sum(not known.isdisjoint(pair) for pair in pairs)
+    known = _prompts(kept)
+    either = np.isin(_prompts(rows), known) | np.isin(_prompts(rows, opened=True), known)
+    return int(either.sum())
 
 
 def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]:
@@ -237,55 +153,51 @@ def digest(ids: Any) -> int:
 
 def _prompts(rows: Dataset, opened: bool = False) -> np.ndarray:
     """64 bits of each row's prompt, perhaps with the tokens of its base response that the model was asked with."""
-    found = []
     columns = ["prompt_ids", *(["base_ids", "open_tokens"] if opened else [])]
-    for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-        for ids, *more in zip(*(part[name] for name in columns), strict=True):
-            whole = np.concatenate([ids, more[0][: more[1]]]) if opened else ids
-            found.append(digest(whole))
-    return np.array(found, dtype=np.uint64)
+
+    def digests() -> Iterator[int]:
+        for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
+            for ids, *more in zip(*(part[name] for name in columns), strict=True):
+                yield digest(np.concatenate([ids, more[0][: more[1]]]) if opened else ids)
+
+    return np.fromiter(digests(), dtype=np.uint64, count=len(rows))
 
 
-def notices_of(rows: Dataset) -> dict[str, list[int]]:
-    """What is odd in rows -> their numbers, from 1."""
+def notices_of(rows: Dataset) -> dict[str, Said]:
+    """What is odd in rows -> how many are so."""
     odd = where(rows, "notice", lambda text: text != "")
-    found: dict[str, list[int]] = {}
-    for row, text in numbered(rows, odd, "notice"):
-        for part in text.split("; "):
-            found.setdefault(part, []).append(row)
-    return found
+    return _said(
+        (row, part) for row, text in numbered(rows, odd, "notice") for part in text.split("; ")
+    )
 
 
-def problems_of(rows: Dataset) -> dict[str, list[int]]:
-    """What makes rows unusable -> their numbers, from 1."""
+def problems_of(rows: Dataset) -> dict[str, Said]:
+    """What makes rows unusable -> how many are so."""
     faulty = where(rows, "problem", lambda text: text != "")
-    found: dict[str, list[int]] = {}
-    for row, text in numbered(rows, faulty, "problem"):
-        found.setdefault(text, []).append(row)
+    return _said(numbered(rows, faulty, "problem"))
+
+
+def _said(pairs: Iterator[tuple[int, str]]) -> dict[str, Said]:
+    found: dict[str, Said] = {}
+    for row, text in pairs:
+        count, first = found.get(text, Said(0, []))
+        found[text] = Said(count + 1, [*first, row] if count < 5 else first)
     return found
-
-
-def _say_notices(name: str, rows: Dataset, total: int) -> None:
-    for text, numbers in notices_of(rows).items():
-        first = ", ".join(map(str, numbers[:5])) + ("..." if len(numbers) > 5 else "")
-        LOG.warning(f"{name}: in {len(numbers):,} of {total:,} rows {text} (rows {first})")
 
 
 def _apply_on_cut(rows: Dataset, name: str, on_cut: str) -> Dataset:
-    cut = where(rows, "base_cut", bool) if on_cut != "keep" else []
-    if not cut:
+    if on_cut == "keep" or not len(cut := where(rows, "base_cut", bool)):
         return rows
     if on_cut == "error":
         text = (
             "the base response was cut at {} tokens: raise bapo.anchors.max_new_tokens or sequence_len, or set "
             "bapo.anchors.on_cut: keep or drop"
         )
-        part = rows.select_columns(["row", "base_ids", "open_ids"])
-        faulty = [
-            (part[i]["row"], text.format(len(part[i]["base_ids"]) - len(part[i]["open_ids"])))
-            for i in cut
+        first = [
+            (row["row"], text.format(len(row["base_ids"]) - len(row["open_ids"])))
+            for row in rows.select(cut[:SHOWN])
         ]
-        raise ValueError(report_rows(name, faulty, len(rows)))
+        raise ValueError(report_rows(name, len(cut), first, len(rows)))
     LOG.warning(
         f"{name}: {len(cut):,} of {len(rows):,} rows have a base response that was cut and are left out "
         "(bapo.anchors.on_cut: drop)"
@@ -297,31 +209,49 @@ def _apply_on_cut(rows: Dataset, name: str, on_cut: str) -> Dataset:
     return without(rows, cut)
 
 
-def _report_long(name: str, rows: Dataset, long: list[int], limit: int) -> str:
-    faulty = []
-    part: Mapping[str, Any]
-    for i in long:
-        part = rows[i]
-        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(part[key])}" for key in IDS)
-        faulty.append(
-            (part["row"], f"{tokens} tokens: prompt + response is over sequence_len: {limit}")
+def _report_long(name: str, rows: Dataset, long: np.ndarray, limit: int) -> str:
+    first = []
+    for row in rows.select(long[:SHOWN]):
+        tokens = ", ".join(f"{key.removesuffix('_ids')} {len(row[key])}" for key in IDS)
+        first.append(
+            (row["row"], f"{tokens} tokens: prompt + response is over sequence_len: {limit}")
         )
     return (
-        report_rows(name, faulty, len(rows))
+        report_rows(name, len(long), first, len(rows))
         + "\n  Raise sequence_len, or set `excess_length_strategy: drop` or `truncate`."
     )
 
 
-def numbered(rows: Dataset, indices: list[int], column: str) -> list[tuple[int, str]]:
+def numbered(rows: Dataset, indices: np.ndarray, column: str) -> Iterator[tuple[int, str]]:
     """(number in the data set, from 1; cell) of the rows at these indices."""
-    part = rows.select_columns(["row", column])
-    return [(part[i]["row"], part[i][column]) for i in indices]
+    for part in rows.select_columns(["row", column]).select(indices).iter(batch_size=1000):
+        yield from zip(part["row"], part[column], strict=True)
 
 
-def without(rows: Dataset, dropped: list[int]) -> Dataset:
+def without(rows: Dataset, dropped: np.ndarray) -> Dataset:
     """The rows but for those at these indices."""
-    if not dropped:
+    if not len(dropped):
         return rows
     kept = np.ones(len(rows), dtype=bool)
     kept[dropped] = False
     return rows.select(np.flatnonzero(kept))
+
+
+def as_table(rows: Dataset, num_proc: int | None = None) -> Dataset:
+    """Rows of which some were left out as a table of their own: what follows would look each row up.
+
+    Args:
+        rows: of any columns.
+        num_proc: processes.
+    """
+    if rows._indices is None:
+        return rows
+    # `Dataset.flatten_indices` makes Python values of all cells
+    whole = rows.with_format("arrow").map(
+        _itself, batched=True, num_proc=num_proc, desc="Leaving rows out"
+    )
+    return whole.with_format(None)
+
+
+def _itself(table: Any) -> Any:
+    return table

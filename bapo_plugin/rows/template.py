@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from bapo_plugin.blocks import WordsPolicy
 from bapo_plugin.rows.conversation import BaseResponse, Conversation
 from bapo_plugin.rows.ends import StopTexts, common_prefix, find_end
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.oddities import IDENTICAL, REASONING, Message, with_text_arguments
+from bapo_plugin.rows.words import Words
 
 _SPACE = re.compile(r"\s+")
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
@@ -24,7 +26,7 @@ _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 
 
 class RenderedRow(NamedTuple):
-    """A row as text.
+    """A row as text, with stand-ins for special tokens in its words (`rows.words`).
 
     Args:
         ask: what the model is asked with: the generation prompt.
@@ -56,6 +58,7 @@ class ChatTemplate:
         template: jinja text.
         stops: ids of tokens that are known to end an answer (of tokenizer and model).
         now: what a template that writes the date gets to hear; None: the time of each call.
+        policy: special tokens in the words of messages, see `Words`.
 
     Raises:
         ValueError: the template can't write a question and an answer.
@@ -67,6 +70,7 @@ class ChatTemplate:
         template: str,
         stops: Iterable[int] = (),
         now: datetime | None = None,
+        policy: WordsPolicy = "text",
     ):
         self.text = template
         self._tokenizer = tokenizer
@@ -75,7 +79,10 @@ class ChatTemplate:
         self._end = find_end(tokenizer, self._apply, known)
         #: token that ends a turn
         self.end_id = self._end.token
-        self._stops = StopTexts(tokenizer, (known | {self.end_id}) - {None})
+        ends = (known | {self.end_id}) - {None}
+        self._stops = StopTexts(tokenizer, ends)
+        #: knows the stand-ins in texts that this template writes
+        self.words = Words(tokenizer, policy, ends)
 
     @property
     def end(self) -> str:
@@ -83,13 +90,17 @@ class ChatTemplate:
         return self._end.text
 
     def ask(self, history: Sequence[Message], tools: list[dict] | None = None) -> str:
-        """The text that asks the model to answer.
+        """The text that asks the model to answer, with stand-ins for special tokens in its words.
 
         Raises:
             RowError: the template refuses the messages, or leaves out some of their words.
         """
+        return self._ask(self.words.hide(history, "the prompt"), self.words.hide(tools, "tools"))
+
+    def _ask(self, history: Sequence[Message], tools: list[dict] | None) -> str:
         text = self._apply(history, tools, ask=True)
         _check_history(text, history, tools)
+        self.words.check(text, "the prompt")
         return text
 
     def render(self, conversation: Conversation, base: BaseResponse | None = None) -> RenderedRow:
@@ -103,12 +114,14 @@ class ChatTemplate:
             RowError: the template refuses the conversation, leaves out words of it, or writes the prompt
                 otherwise once an answer follows.
         """
-        history, tools = conversation.history, conversation.tools
-        ask = self.ask(history, tools)
+        history = self.words.hide(conversation.history, "the prompt")
+        tools = self.words.hide(conversation.tools, "tools")
+        ask = self._ask(history, tools)
         # what stands before the assistant is spoken to, and must stay so when it has answered
         told = common_prefix([ask, self._apply(history, tools)])
         wholes, notices = [], []
         for name, message in (("chosen", conversation.chosen), ("rejected", conversation.rejected)):
+            message = self._own_words(message, name)
             whole, doubled = self._whole(history, message, tools)
             self._check_response(told, whole, message, name)
             if doubled:
@@ -118,6 +131,8 @@ class ChatTemplate:
             raise RowError(IDENTICAL)
         if base is not None:
             wholes.append(self._base(history, tools, ask, told, base))
+        if notice := self.words.notice([ask, *wholes]):
+            notices.append(notice)
         prompt = common_prefix([ask, *wholes])
         rest = [whole[len(prompt) :] for whole in wholes]
         return RenderedRow(
@@ -141,11 +156,13 @@ class ChatTemplate:
         base: BaseResponse,
     ) -> str:
         if not isinstance(base.said, str):
-            whole, _ = self._whole(history, base.said, tools)
-            self._check_response(told, whole, base.said, "base")
+            message = self._own_words(base.said, "base")
+            whole, _ = self._whole(history, message, tools)
+            self._check_response(told, whole, message, "base")
             return whole.removesuffix(self._end.text) if base.cut else whole
         if base.cut:
             return ask + base.said
+        # special tokens in what a model said are those that it gave
         said = self._strip(base.said)
         message = {"role": "assistant", "content": base.said}
         try:
@@ -159,6 +176,25 @@ class ChatTemplate:
                 raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
             return ask + said + self._end.text
         return whole
+
+    def _own_words(self, message: Message, name: str) -> Message:
+        """An answer with stand-ins for special tokens in its words; the end of turn that it brings is none of them.
+
+        Raises:
+            RowError: it goes on behind an end of turn.
+        """
+        body = self._strip(message["content"])
+        self._refuse_inside(body, name)
+        tail = message["content"][len(body) :]
+        hidden = self.words.hide(message | {"content": body}, name)
+        self.words.check(hidden["content"], name)
+        return hidden | {"content": hidden["content"] + tail}
+
+    def _refuse_inside(self, content: str, name: str) -> None:
+        if end := self._stops.first_inside(content):
+            raise RowError(
+                f"{name} goes on behind an end of turn ({end!r}), as if it held several turns; leave one answer in it"
+            )
 
     def _strip(self, text: str) -> str:
         """A text without the end of turn that it brings."""
@@ -177,10 +213,7 @@ class ChatTemplate:
         content = self._strip(message["content"])
         if not content.strip() and not message.get("tool_calls"):
             raise RowError(f"{name} is empty but for an end of turn; fill it or remove the row")
-        if end := self._stops.first_inside(content):
-            raise RowError(
-                f"{name} goes on behind an end of turn ({end!r}), as if it held several turns; leave one answer in it"
-            )
+        self._refuse_inside(content, name)
         thoughts = next((message[key] for key in REASONING if message.get(key)), "")
         if not has_words(text, thoughts, content):
             shown = thoughts if not has_words(text, thoughts) else content

@@ -12,6 +12,7 @@ from bapo_plugin.rows.columns import IDS, RESPONSES, TEXTS
 from bapo_plugin.rows.ends import common_prefix, special_texts
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.template import RenderedRow
+from bapo_plugin.rows.words import Words
 
 _MARKS = ("ask", "words", "row_hash", "length", "problem", "notice")
 # of `prepare_batch`; given to `map` because it would keep the source's type for a column of the same name
@@ -33,20 +34,52 @@ class Encoder:
         from_template: a chat template wrote the texts, with all special tokens that belong there. Else the
             tokenizer adds its own at the beginning; one that is there already is not doubled, and an end of
             sequence that the tokenizer would put after every text is left out: a text says itself where it ends.
+        words: knows the stand-ins in texts for what is to become text (`rows.words`). Default: of a chat template's texts.
     """
 
-    def __init__(self, tokenizer: Any, from_template: bool):
+    def __init__(self, tokenizer: Any, from_template: bool, words: Words | None = None):
         self._tokenizer = tokenizer
         self._from_template = from_template
         self._special = set(special_texts(tokenizer).values())
+        self._words = Words(tokenizer) if words is None and from_template else words
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Ids of each text.
+
+        Raises:
+            RowError: see `check`.
+        """
         tokenizer = self._tokenizer
         found = tokenizer(list(texts), add_special_tokens=not self._from_template)["input_ids"]
+        if self._words:
+            apart = (self._words.encode(text, not self._from_template) for text in texts)
+            found = [ids if own is None else own for ids, own in zip(found, apart, strict=True)]
+            texts = [self._words.show(text) for text in texts]
         if self._from_template:
             return found
         return [self._single(ids, text) for ids, text in zip(found, texts, strict=True)]
+
+    def check(self, text: str) -> None:
+        """Refuse words that can't be written as text.
+
+        Raises:
+            RowError: they hold a special token that this tokenizer can't.
+        """
+        if self._words:
+            self._words.encode(text, not self._from_template)
+
+    def show(self, row: RenderedRow) -> RenderedRow:
+        """The row as it was written, without stand-ins."""
+        if self._words is None:
+            return row
+        texts = ("ask", "prompt", "chosen", "rejected", "base", "words")
+        tokens = row.base_tokens and (row.base_tokens[0], self._words.show(row.base_tokens[1]))
+        shown = {name: self._words.show(text) for name in texts if (text := getattr(row, name))}
+        return row._replace(base_tokens=tokens, **shown)
+
+    def tell(self, error: RowError) -> str:
+        """What an error says, without stand-ins."""
+        return self._words.tell(str(error)) if self._words else str(error)
 
     def spells(self, ids: Sequence[int], text: str) -> bool:
         """Whether ids are this text, perhaps with the token that ends an answer."""
@@ -151,8 +184,10 @@ def prepare_batch(
         try:
             row = read(dict(zip(names, values, strict=True)))
             check_text(row)
+            for text in (row.ask, *(row.prompt + text for text in _responses(row))):
+                encode.check(text)
         except RowError as error:
-            made["problem"] = str(error)
+            made["problem"] = encode.tell(error)
             rendered.append(None)
             continue
         rendered.append(row)
@@ -164,6 +199,7 @@ def prepare_batch(
             continue
         ask = next(ids)
         wholes = [next(ids) for _ in _responses(row)]
+        row = encode.show(row)
         notices = list(row.notices)
         if row.base_tokens is not None:
             given, said = row.base_tokens
@@ -252,6 +288,9 @@ def complete_batch(
         answers: {key: limit} -> {key: (token ids as the model gave them, whether the limit cut them)}.
         decode: token ids -> text, special tokens included.
         sequence_len, strategy: see `fit_length`.
+
+    Raises:
+        ValueError: an answer isn't there.
     """
     found = answers({k: n for k, n in zip(batch["key"], batch["limit"], strict=True) if k})
     out = []
@@ -260,6 +299,10 @@ def complete_batch(
     for row, key in zip(out, batch["key"], strict=True):
         if not key:
             continue
+        if key not in found:
+            raise ValueError(
+                f"the base response of row {row['row']} has left the store meanwhile; start again to make it anew"
+            )
         ids, row["base_cut"] = found[key]
         row["base"] = decode([*row["open_ids"], *ids])
         row["base_ids"] = [*row["open_ids"], *ids]

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from bapo_plugin import __version__
 from bapo_plugin.compat import disable_gradient_checkpointing, use_adapter
 from bapo_plugin.rows.columns import IDS, RESPONSES
+from bapo_plugin.rows.table import lengths
 from bapo_plugin.store import Store
 
 COLUMN = "reference_logps"  # of rows that bring log π_ref: [chosen, rejected, base], nats
@@ -118,48 +120,61 @@ class ReferenceCache:
         if COLUMN in rows.column_names:
             return self._brought(rows, name)
         logps = torch.full((len(rows), len(RESPONSES)), torch.nan, dtype=torch.float64)
-        lengths = base_lengths(rows) if self._holds_tokens else []
-        ends = np.cumsum([0, *lengths])
+        ends = np.concatenate([[0], base_lengths(rows).cumsum()]) if self._holds_tokens else [0]
         tokens = torch.full((int(ends[-1]),), torch.nan)
-        keys: list[list[str]] = []
         store = None
         if self._path is not None and self._accelerator.is_main_process:
             store = Store(self._path, "reference log-probs")
-            keys = list(_sequence_keys(rows, self._model_key))
-            wanted = {key for row in keys for key in row}
-            if self._holds_tokens:
-                wanted |= {_of_tokens(row) for row in keys}
-            known = store.get("logp", wanted)
-            for i, row in enumerate(keys):
-                found = [known.get(key) for key in row]
-                if None in found:
-                    continue
-                if self._holds_tokens:
-                    kept = np.frombuffer(known.get(_of_tokens(row), b""), dtype="<f4")
-                    if len(kept) != lengths[i]:
-                        continue  # a run that looks at whole responses only has left none
-                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(kept.copy())
-                logps[i] = torch.tensor([struct.unpack("<d", value)[0] for value in found])
+            self._read(store, rows, logps, tokens, ends)
         logps = self._shared(logps)
         if self._holds_tokens:
             tokens = self._shared(tokens)
-        missing = logps.isnan().any(dim=1).nonzero()[:, 0].tolist()
-        if missing:
+        missing = logps.isnan().any(dim=1).nonzero()[:, 0].numpy()
+        if len(missing):
             # long rows first, so that a batch has little padding and lack of memory shows at once
-            sizes = _row_lengths(rows)
-            missing.sort(key=lambda i: (-sizes[i], i))
+            missing = missing[np.argsort(-_row_lengths(rows)[missing], kind="stable")]
             for done, values, by_row in self._passes(rows, missing, batch_size, name):
                 logps[done] = values
                 for i, part in zip(done, by_row, strict=bool(by_row)):
                     tokens[ends[i] : ends[i + 1]] = torch.from_numpy(part)
                 if store is not None:
-                    store.put("logp", _entries([keys[i] for i in done], values, by_row))
+                    keys = list(_sequence_keys(rows.select(done), self._model_key))
+                    store.put("logp", _entries(keys, values, by_row))
         if store is not None:
             store.close()
         return ReferenceLogps(logps, tokens if self._holds_tokens else None)
 
+    def _read(
+        self, store: Store, rows: Dataset, logps: Tensor, tokens: Tensor, ends: Sequence[int]
+    ) -> None:
+        """Fill in what is in the file of rows that are there as a whole.
+
+        Args:
+            logps: [rows, 3].
+            tokens, ends: of the base responses' tokens, and where each row's begin, and the end.
+        """
+        start = 0
+        for keys in _batched(_sequence_keys(rows, self._model_key), 1000):
+            wanted = {key for row in keys for key in row}
+            if self._holds_tokens:
+                wanted |= {_of_tokens(row) for row in keys}
+            known = store.get("logp", wanted)
+            for i, row in enumerate(keys, start):
+                found = [known.get(key) for key in row]
+                if None in found:
+                    continue
+                if self._holds_tokens:
+                    kept = np.frombuffer(known.get(_of_tokens(row), b""), dtype="<f4")
+                    if len(kept) != ends[i + 1] - ends[i]:
+                        continue  # a run that looks at whole responses only has left none
+                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(kept.copy())
+                logps[i] = torch.tensor([struct.unpack("<d", value)[0] for value in found])
+            start += len(keys)
+
     def _brought(self, rows: Dataset, name: str) -> ReferenceLogps:
-        logps = torch.tensor(rows[COLUMN][:], dtype=torch.float64)
+        logps = torch.empty((len(rows), len(RESPONSES)), dtype=torch.float64)
+        for start, part in _parts(rows, COLUMN):
+            logps[start : start + len(part)] = torch.tensor(part, dtype=torch.float64)
         if not logps.isfinite().all():
             bad = int((~logps.isfinite()).any(dim=1).nonzero()[0])
             raise ValueError(
@@ -172,8 +187,11 @@ class ReferenceCache:
                 f"the {name} rows bring {COLUMN}, but bapo.anchor_level: token needs the log-probs of each token of the base "
                 f"response too: add a column {TOKENS_COLUMN}, remove {COLUMN}, or set bapo.anchor_level: response"
             )
-        brought = rows[TOKENS_COLUMN][:]
-        for i, (part, length) in enumerate(zip(brought, base_lengths(rows), strict=True)):
+        counts = base_lengths(rows)
+        tokens = torch.empty(int(counts.sum()))
+        place = 0
+        brought = (part for _, parts in _parts(rows, TOKENS_COLUMN) for part in parts)
+        for i, (part, length) in enumerate(zip(brought, counts.tolist(), strict=True)):
             row = f"row {i + 1} of the {name} rows"
             if len(part or ()) != length:
                 raise ValueError(
@@ -185,10 +203,12 @@ class ReferenceCache:
                     f"{row}: the numbers in {TOKENS_COLUMN} sum up to {off:+.3g} nats beside that of the base response in {COLUMN}; "
                     "they must be of one model, and finite"
                 )
-        return ReferenceLogps(logps, torch.tensor([x for part in brought for x in part]))
+            tokens[place : place + length] = torch.tensor(part)
+            place += length
+        return ReferenceLogps(logps, tokens)
 
     def _passes(
-        self, rows: Dataset, missing: list[int], batch_size: int, name: str
+        self, rows: Dataset, missing: np.ndarray, batch_size: int, name: str
     ) -> Iterator[tuple[list[int], Tensor, list[np.ndarray]]]:
         """(indices, log π_ref [n, 3], of the tokens of each row's base response) batch by batch, the same on every
         process."""
@@ -203,7 +223,7 @@ class ReferenceCache:
         )
         with bar:
             for start in range(0, len(missing), batch_size * world):
-                part = missing[start : start + batch_size * world]
+                part = missing[start : start + batch_size * world].tolist()
                 # every process has as many rows: a wrapped model must be called equally often
                 own = [part[j % len(part)] for j in range(rank, _round_up(len(part), world), world)]
                 batch = self._collate([rows[i] for i in own])
@@ -343,21 +363,27 @@ def _of_tokens(keys: list[str]) -> str:
     return f"{keys[-1]} tokens"
 
 
-def base_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row's base response."""
-    return [
-        len(ids)
-        for part in rows.select_columns(["base_ids"]).with_format("numpy").iter(batch_size=1000)
-        for ids in part["base_ids"]
-    ]
+def base_lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row's base response, int64."""
+    return lengths(rows, "base_ids").astype(np.int64)
 
 
-def _row_lengths(rows: Dataset) -> list[int]:
-    lengths = []
-    for part in rows.select_columns(list(IDS)).with_format("numpy").iter(batch_size=1000):
-        prompts, *responses = (part[name] for name in IDS)
-        lengths += [len(p) + max(len(r[i]) for r in responses) for i, p in enumerate(prompts)]
-    return lengths
+def _row_lengths(rows: Dataset) -> np.ndarray:
+    prompt, *responses = (lengths(rows, name) for name in IDS)
+    return prompt + np.max(responses, axis=0)
+
+
+def _parts(rows: Dataset, column: str) -> Iterator[tuple[int, list]]:
+    """(index of the first row, cells) of a thousand rows at a time."""
+    start = 0
+    for part in rows.select_columns([column]).iter(batch_size=1000):
+        yield start, part[column]
+        start += len(part[column])
+
+
+def _batched(keys: Iterator[list[str]], size: int) -> Iterator[list[list[str]]]:
+    while part := list(islice(keys, size)):
+        yield part
 
 
 def _round_up(number: int, multiple: int) -> int:

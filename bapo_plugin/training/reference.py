@@ -110,7 +110,7 @@ class Reference:
             nothing = torch.full((len(rows), len(RESPONSES)), torch.nan)
             self._known = torch.cat([self._known, nothing.to(self._known.device)])
             if self._holds_tokens:
-                lengths = torch.tensor(base_lengths(rows), dtype=torch.int64)
+                lengths = torch.from_numpy(base_lengths(rows))
                 starts = self._starts.cpu()
                 self._starts = torch.cat([starts, starts[-1] + lengths.cumsum(0)])
                 room = torch.full((int(lengths.sum()),), torch.nan, device=self._tokens.device)

@@ -170,6 +170,7 @@ class RetentionCallback(TrainerCallback):
             trainer.processing_class,
             now and datetime.fromisoformat(now),
             own_stops(trainer.processing_class, trainer.bapo.anchors.stop),
+            trainer.bapo.special_tokens_in_words,
         )
         checkpointing = trainer.args.gradient_checkpointing_kwargs
         with (

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset
 
 from bapo_plugin.answers.stops import named_stops
 from bapo_plugin.rows.columns import IDS, TEXTS
 from bapo_plugin.rows.ends import StopTexts
-from bapo_plugin.rows.table import Faults, finish
+from bapo_plugin.rows.faults import Faults
+from bapo_plugin.rows.table import finish
 from bapo_plugin.rows.texts import TextRows
 from bapo_plugin.rows.tokens import FEATURES, Encoder, prepare_batch
 
@@ -75,10 +77,10 @@ def refuse_empty(dataset: Dataset, columns: Sequence[str], name: str, unit: str 
     start = 0
     for part in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
         for column in columns:
-            for i, tokens in enumerate(part[column]):
-                if not tokens.is_valid or len(tokens) == 0:
-                    raise ValueError(
-                        f"{name}: {column} of {unit} {start + i + 1} is empty; prompt and responses need at least one "
-                        f"token each; leave the {unit} out"
-                    )
+            counts = pc.fill_null(pc.list_value_length(part[column]), 0).to_numpy()
+            if not counts.all():
+                raise ValueError(
+                    f"{name}: {column} of {unit} {start + int(counts.argmin()) + 1} is empty; prompt and responses need at "
+                    f"least one token each; leave the {unit} out"
+                )
         start += len(part)

@@ -66,8 +66,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: as
-            for `trl.DPOTrainer`. Settings of BAPO are in `args.bapo` (a dict, under axolotl) or in
-            `bapo`.
+            for `trl.DPOTrainer`; `args` are axolotl's (`AxolotlDPOConfig`). Settings of BAPO are in
+            `args.bapo` (a dict, under axolotl) or in `bapo`.
         bapo: a `BAPOConfig`; wins over `args.bapo`.
         cache_dir: folder to keep reference log-probs in; under axolotl it is dataset_prepared_path.
         keep_dataset: for `bapo.keep`: `prompt_ids` and `base_ids`, prompts whose former answers are held too.
@@ -78,7 +78,8 @@ class BAPOTrainer(AxolotlDPOTrainer):
         rewards/margins, rewards/accuracies their difference, and how often it is above 0
         logps/chosen|rejected|base          log π_θ, nats a response
         drift/chosen|rejected|base          log π_θ − log π_ref, nats a response (paper, Figure 5)
-        anchor/active                       share of rows whose anchor is pulling
+        anchor/active                       share of the base responses' tokens (or of rows) whose anchor is pulling
+        anchor/lost                         what tokens that became less likely have lost, nats a token
         anchor/weight                       λ, with anchor_weight: auto
         anchor/kl, keep/kl                  KL(π_ref ‖ π_θ), nats a token, with anchor_loss: kl and bapo.keep
         retention/*                         with `bapo.retention`, see `bapo_plugin.scoring.retention`

@@ -5,19 +5,19 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from helpers import preparation, write_config
 from tiny import make_model, make_rows, make_tokenizer, save_model, write_jsonl
 
 from bapo_plugin import models, prepare
 from bapo_plugin.anchors.plan import explain, make_plan, usable
-from bapo_plugin.answers.engine import Answer, Request, Sampling
+from bapo_plugin.answers.engine import Answer, Request, Sampling, in_batches
 from bapo_plugin.answers.transformers import TransformersEngine, _SeededSampling
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.store import Store, StoreDamaged
@@ -91,7 +91,7 @@ def requests_of(tokenizer, texts, limit=12):
 
 def answers_of(engine, requests):
     found = {}
-    for batch in engine.batches(requests):
+    for batch in in_batches(engine, requests):
         found |= {request.key: answer for request, answer in engine.generate(batch, lambda n: None)}
     return found
 
@@ -166,13 +166,13 @@ def test_batches_keep_to_rows_and_tokens(chatml):
     texts = ["sea " * (1 + i % 40) for i in range(100)]
     requests = requests_of(chatml, texts, limit=30)
     engine = TransformersEngine(lambda: None, [2], batch_size=8, batch_tokens=300)
-    batches = engine.batches(requests)
+    batches = list(in_batches(engine, requests))
     assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests)
     for batch in batches:
         width = max(len(r.prompt_ids) for r in batch) + 30
         assert len(batch) <= 8 and (len(batch) == 1 or len(batch) * width <= 300)
     assert max(map(len, batches)) == 8, "short prompts are not batched"
-    assert engine.batches(requests[::-1]) == batches
+    assert list(in_batches(engine, requests[::-1])) == batches
 
 
 def test_a_models_own_defaults_of_generation_are_left_out(chatml):
@@ -425,14 +425,14 @@ def test_stop_must_be_one_token(folder):
         anchored(config(folder, {"stop": ["sea and sun"]}))
 
 
-def test_the_readmes_yaml_with_a_tiny_qwen3(tmp_path, monkeypatch):
+def test_the_minimal_yaml_with_a_tiny_qwen3(tmp_path, monkeypatch):
     """As written there, but for what a CPU can't do: prompts end in an open thought, and all three responses go on."""
     import re
 
     import yaml
 
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "yaml_examples/README.md").read_text("utf-8")
     written = yaml.safe_load(
         re.search(r"## A minimal YAML\n\n```yaml\n(.*?)```", text, re.DOTALL)[1]
     )
@@ -545,24 +545,18 @@ def test_a_new_row_is_explained(folder):
 
 
 def start(path, pause=0.02):
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, path, str(pause)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return process
+    return warm.Process([SCRIPT, path, str(pause)])
 
 
 def wait_for(process, word):
     for line in process.stdout:
         if line.strip() == word:
             return
-    raise AssertionError(process.stderr.read()[-3000:])
+    raise AssertionError(process.errors()[-3000:])
 
 
 def finish(process):
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate()
     assert process.returncode == 0, err[-4000:]
     return int(out.split("GENERATED")[1])
 

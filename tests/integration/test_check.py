@@ -200,11 +200,38 @@ def test_errors_are_those_of_a_run(folder, tmp_path):
         ("rl: dpo", "is not a configuration of BAPO"),
         ("- rl: bapo", "must be a block of settings"),
         ("rl: [bapo", "can't be read as YAML"),
+        ("rl: bapo\nseed: 2024-02-30", "can't be read as YAML"),
+        ("rl: " + "[" * 5000, "can't be read as YAML: it is nested too deep"),
+        ("rl: bapo\nbase_model: [x]", "base_model: ['x'] must be text"),
+        (
+            "rl: bapo\nplugins: bapo_plugin.BAPOPlugin",
+            "plugins: 'bapo_plugin.BAPOPlugin' must be a list",
+        ),
     ):
         path = tmp_path / "bad.yml"
         path.write_text(text)
         facts = facts_of(path)
         assert facts["exit_code"] == 2 and message in facts["errors"][0]
+
+
+def test_what_axolotl_would_meet_with_a_traceback_is_an_error_that_shows_its_line(folder):
+    """The key is named, whether axolotl's schema refuses it (0.21) or its code runs into it (0.19)."""
+    facts = facts_of(write_config(folder, output_dir="wrong", optimizer=7))
+    assert facts["exit_code"] == 2
+    (error,) = facts["errors"]
+    assert "optimizer" in error
+
+
+def test_keys_that_axolotl_ignores_inside_its_blocks_and_keys_that_stand_twice(folder):
+    config = write_config(
+        folder, special_tokens={"pad_tokn": "<|endoftext|>"}, peft={"nothing_like_it": 1}
+    )
+    config.write_text(config.read_text() + "bf16: false\n")
+    text = said(facts_of(config))
+    assert "special_tokens.pad_tokn: axolotl has no such key there" in text
+    assert "did you mean pad_token?" in text
+    assert "peft.nothing_like_it: axolotl has no such key there and ignores it; it has " in text
+    assert "bf16: stands twice, first in line" in text
 
 
 def test_faulty_rows_are_an_error_and_the_rest_is_seen_nevertheless(folder, tmp_path):

@@ -108,7 +108,7 @@ def test_installed_package_is_enough(trained, folder):
     """The same losses without a `plugins:` line."""
     out = str(folder / "by_itself")
     config = write_config(folder, plugins=None, output_dir=out)
-    axolotl(folder, "train", config, "--launcher", "python")
+    axolotl(folder, "train", config, "--launcher", "python", fresh=True)
     found = [[e["loss"] for e in history(folder, o) if "loss" in e] for o in ("out", out)]
     assert found[0] == found[1] and len(found[0]) == 3
 

@@ -126,6 +126,9 @@ def test_a_task_is_scored_as_its_definition_says(found, folder):
     after = right(PeftModel.from_pretrained(base, folder / "second").eval())
     assert entry["before"]["value"] == pytest.approx(float(before.mean()))
     assert entry["after"]["second"]["value"] == pytest.approx(float(after.mean()))
+    assert entry["rows"]["before"] == before.tolist()
+    assert entry["rows"]["after"]["second"] == after.tolist()
+    assert len(set(entry["rows"]["id"])) == 24
     difference = after - before
     assert difference.abs().sum() > 0, "the case shows nothing"
     assert entry["after"]["second"]["difference"] == pytest.approx(float(difference.mean()))

@@ -6,22 +6,25 @@ import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import typer
 from datasets import Dataset
 from disks import Disk
 from helpers import bapo_trainer, lora_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_rows
+from transformers import TrainerState
 
 from bapo_plugin import last_word, preparation
 from bapo_plugin.cli.arguments import errors_in_a_line
 from bapo_plugin.commands import anchors
 from bapo_plugin.evaluation.output import write_result
-from bapo_plugin.files import must_be_writable, of_the_disk, write_whole
+from bapo_plugin.files import must_be_writable, of_the_disk, whole_folder, write_whole
 from bapo_plugin.report import page
-from bapo_plugin.rows.table import Faults
+from bapo_plugin.rows.faults import Faults
 from bapo_plugin.runs import RECORD, STATE
 from bapo_plugin.store import Store, StoreDamaged
 from bapo_plugin.training.checkpoints import whole_checkpoint
@@ -38,9 +41,10 @@ def disk(tmp_path):
 
 
 def faulty_rows(path, text):
+    problems = [text[i : i + 1000] for i in range(0, len(text), 1000)]
+    rows = Dataset.from_dict({"row": list(range(len(problems))), "problem": problems})
     faults = Faults(path.parent, "drop")
-    faults.path = path
-    faults._faulty = {"rows": [(i, text[:1000]) for i in range(len(text) // 1000)]}
+    faults.take("rows", rows.add_column("notice", [""] * len(rows)), len(rows))
     faults._write()
 
 
@@ -86,6 +90,22 @@ def test_parquet_of_a_file_that_says_its_errors_later_is_that_of_a_plain_one(tmp
     anchors._write(rows, tmp_path / "ours.parquet")
     rows.to_parquet(str(tmp_path / "plain.parquet"))
     assert (tmp_path / "ours.parquet").read_bytes() == (tmp_path / "plain.parquet").read_bytes()
+
+
+def test_a_folder_is_made_whole_or_not_at_all(disk):
+    def make(folder):
+        (folder / "first").write_text("small")
+        save_file({"a": torch.zeros(BIG)}, folder / "model.safetensors")
+
+    path = disk.folder / "merged"
+    with disk.full(), pytest.raises(ValueError, match="merged can't be written: .*Free space"):
+        with whole_folder(path, "name another --output") as folder:
+            make(folder)
+    assert disk.content() == {} and not list(disk.folder.iterdir())
+    path.mkdir()
+    with whole_folder(path, "name another --output") as folder:
+        make(folder)
+    assert set(disk.content()) == {"merged/first", "merged/model.safetensors"}
 
 
 def test_a_folder_is_tried_before_the_work(disk):
@@ -153,7 +173,7 @@ def test_a_store_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(
-        ValueError, match=r"locked\. Either another process .*knows no locks, .*on a local disk"
+        ValueError, match=r"locked\. Either another process .*knows no locks.*on a local disk"
     ):
         Store(path)
     other.close()
@@ -218,26 +238,25 @@ def test_an_adapter_that_cannot_be_saved_leaves_the_one_before(disk):
         one.create_model_card()
 
 
-def test_a_log_that_cannot_be_written_is_no_reason_to_stop(disk, caplog):
-    one = trainer(disk, save_strategy="no")
+def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog, monkeypatch):
+    one = bapo_trainer(tmp_path, lora_model())
     one.record.EVERY = 0
-    log = one.log
 
-    def full(*args):
-        with disk.full(0):
-            log(*args)
+    def half(self, path):
+        Path(path).write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    one.log = full
+    monkeypatch.setattr(TrainerState, "save_to_json", half)
     one.train()
-    assert one.state.global_step == 3
+    assert one.state.global_step == 2
     assert f"{STATE} can't be written" in caplog.text and "Training goes on" in caplog.text
-    assert json.loads((disk.folder / "out" / RECORD).read_text())["finished"]
-    assert not list(disk.folder.rglob(f".{STATE}*"))
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["finished"]
+    assert not list(tmp_path.rglob(f"*{STATE}*"))
 
 
 def test_log_probs_of_the_reference_are_kept_as_far_as_there_is_room(disk):
-    one = trainer(disk, cache_dir=disk.folder, per_device_eval_batch_size=1, rows=make_rows(400))
-    with disk.full(40960), pytest.raises(ValueError, match="reference log-probs .*Free space"):
+    one = trainer(disk, cache_dir=disk.folder, per_device_eval_batch_size=1, rows=make_rows(120))
+    with disk.full(28672), pytest.raises(ValueError, match="reference log-probs .*name another"):
         one.get_train_dataloader()
     db = sqlite3.connect(disk.folder / "bapo-reference.sqlite")
     kept = db.execute("SELECT count(*) FROM entries").fetchone()[0]

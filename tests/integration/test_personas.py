@@ -16,7 +16,7 @@ from bapo_plugin.cli import app
 from bapo_plugin.commands.personas import personas
 from bapo_plugin.commands.personas import train as training
 from bapo_plugin.commands.personas.read import SAME, merge, read_personas
-from bapo_plugin.evaluation import matrix
+from bapo_plugin.evaluation import matrix, pairs
 
 PERSONAS = {
     "plain": {"datasets": [{"field_chosen": "plain", "field_rejected": "formal"}]},
@@ -137,7 +137,7 @@ def test_each_has_a_folder_and_goes_on_unless_it_says_otherwise(here):
         ({"a": {"val_set_size": 0}}, "no held-out rows"),
         ({"a": {"bapo": {"anchor_wieght": 1}}}, "a: rl: bapo can't run with this configuration"),
         ({"a": "plain"}, "a: 'plain' must be a mapping"),
-        ("- a", "must be a mapping of keys to values"),
+        ("- a", "must be a block of settings"),
         ("a: {", "can't be read as YAML"),
         ("{}", "there are no personas"),
     ],
@@ -285,7 +285,7 @@ def test_a_command_gives_its_exit_code_as_a_shell_does():
 
 def test_the_matrix_is_that_of_whole_logits(here, model, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "_MAX_NEW_TOKENS", 3)
-    monkeypatch.setattr(matrix, "_TOKENS", 120)  # several batches
+    monkeypatch.setattr(pairs, "_TOKENS", 120)  # several batches
     monkeypatch.setenv("COLUMNS", "80")
     found = read(here)
     for seed, persona in enumerate(found):

@@ -3,13 +3,12 @@
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from datasets import Dataset
 from helpers import (
     bapo_trainer,
@@ -259,14 +258,10 @@ def test_a_log_prob_that_is_not_finite_is_an_error(tmp_path):
 def killed_and_gone_on(folder, kills):
     generator, best = random.Random(2), 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            # so slow that the pass doesn't end before the last kill
-            [sys.executable, SCRIPT, folder, str(0.15 if kills == 1 else 0.8)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        # so slow that the pass doesn't end before the last kill
+        process = warm.Process([SCRIPT, folder, 0.15 if kills == 1 else 0.8])
         while "START" not in process.stdout.readline():
-            assert process.poll() is None
+            assert process.poll() is None, process.errors()
         time.sleep(generator.uniform(0.2, 1.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -276,10 +271,10 @@ def killed_and_gone_on(folder, kills):
         assert count >= best and count % 8 == 0, "a batch was stored in part"
         best = count
     assert 0 < best < 160
-    done = subprocess.run(
-        [sys.executable, SCRIPT, folder, "0"], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout.split("BATCHES")[1]) == 20 - best // 8
+    process = warm.Process([SCRIPT, folder, 0])
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert int(out.split("BATCHES")[1]) == 20 - best // 8
 
 
 def test_killed_in_the_pass_and_gone_on(tmp_path):

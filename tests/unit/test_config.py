@@ -169,6 +169,19 @@ def test_block_errors_name_key_value_and_remedy(block, match):
             "must have one number for each of the 2 losses",
         ),
         ({"rl_beta": True}, "rl_beta: True must be a number"),
+        # keys that YAML reads as something else than text
+        ({"bapo": {1: 2}}, "bapo.1: unknown key; known keys are anchor_weight"),
+        ({"bapo": {"keep": {"prompts": "a.txt", True: 1}}}, "bapo.keep.True: unknown key; known"),
+        ({"bapo": {"anchors": {"server": {None: 1}}}}, "bapo.anchors.server.None: unknown key"),
+        ({"val_set_size": float("nan")}, "val_set_size: nan must be a share"),
+        ({"val_set_size": float("inf")}, "val_set_size: inf must be a share"),
+        ({"seed": -1}, "seed: -1 must be a whole number from 0 to"),
+        ({"num_epochs": float("-inf")}, "num_epochs: -inf must be a number above 0"),
+        ({"dataset_prepared_path": "a\0"}, "dataset_prepared_path: .* can't be the name"),
+        ({"output_dir": "a" * 300}, "output_dir: 'aaa.* can't be the name of a folder"),
+        ({"datasets": [{"path": "a" * 300}]}, r"datasets\[0\].path: .* can't be the name"),
+        ({"bapo": {"anchors": {"store": "a" * 300}}}, "bapo.anchors.store: 'aaa.* too long"),
+        ({"bapo": {"special_tokens_in_words": "drop"}}, "special_tokens_in_words: Input should be"),
     ],
 )
 def test_contradictions(extra, match):

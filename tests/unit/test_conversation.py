@@ -156,6 +156,9 @@ def test_base_in_its_forms():
     thoughtful = assistant("arr") | {"reasoning_content": "hm"}
     assert base_of(thoughtful) == (thoughtful, False, None)
     assert base_of("arr", base_cut=True, base_tokens=[5]) == ("arr", True, (5,))
+    for wrong in ("[5]", [[5]], [5.0], [-1], 5):
+        with pytest.raises(RowError, match="base_tokens is .*; it must be a list of token ids"):
+            base_of("arr", base_tokens=wrong)
     for value, match in (
         (user("why"), "base must end with a message of the assistant, not of 'user'"),
         ([user("who"), assistant("arr")], "base brings another history"),

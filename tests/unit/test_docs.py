@@ -1,36 +1,27 @@
 """Documents say what is so: options are current, links lead somewhere, commands and YAML blocks are real."""
 
+import ast
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import typer
 import yaml
+from axolotl.utils.schemas.enums import RLType
+from documents import PAGES, ROOT, blocks, without_blocks
+from pydantic import TypeAdapter, ValidationError
 
 from bapo_plugin.cli import app
 from bapo_plugin.config import parse_block
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "yaml_examples").glob("*.md")),
-    *sorted((ROOT / "benchmarks").glob("*.md")),
-]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMANDS = typer.main.get_command(app).commands
 
 
-def blocks(language):
-    return [
-        pytest.param(text, id=f"{path.name}:{i}")
-        for path in PAGES
-        for i, (found, text) in enumerate(BLOCK.findall(path.read_text("utf-8")))
-        if found == language
-    ]
+def each(language):
+    return pytest.mark.parametrize(
+        "text", [pytest.param(block.text, id=block.name) for block in blocks(language)]
+    )
 
 
 def anchor(heading):
@@ -39,16 +30,71 @@ def anchor(heading):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    text = BLOCK.sub("", path.read_text("utf-8"))
+    text = without_blocks(path.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("http"):
             continue
         file, _, place = target.partition("#")
         other = (path.parent / file).resolve() if file else path
-        assert other.exists(), f"{path.name}: {target}"
+        # a folder opens on a code host and nowhere else
+        assert other.is_file(), f"{path.name}: {target}"
         if place:
             headings = re.findall(r"^#+ (.*)$", other.read_text("utf-8"), re.MULTILINE)
             assert place in map(anchor, headings), f"{path.name}: {target}"
+
+
+def test_every_page_is_in_the_site():
+    """mkdocs isn't installed here; `make docs` makes its own environment, and stops at links that lead nowhere."""
+    site = yaml.safe_load((ROOT / ".ci/mkdocs.yml").read_text("utf-8"))
+
+    def pages(part):
+        if isinstance(part, str):
+            return [part]
+        values = part.values() if isinstance(part, dict) else part
+        return [page for value in values for page in pages(value)]
+
+    listed = pages(site["nav"])
+    assert sorted(listed) == sorted({*listed})
+    assert {*listed} >= {str(path.relative_to(ROOT)) for path in PAGES}
+    assert all((ROOT / page).is_file() for page in listed)
+
+
+def texts():
+    """All texts in our code, pieces that are put in as a NUL."""
+    for path in (ROOT / "bapo_plugin").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                yield "".join(map(str, parts))
+
+
+def test_errors_are_quoted_as_they_are_printed():
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"\*\*`(.+?)`\*\*", page)
+    assert len(quoted) > 10
+    with pytest.raises(ValidationError) as of_axolotl:
+        TypeAdapter(RLType).validate_python("bapo")
+    ours = [*texts(), of_axolotl.value.errors()[0]["msg"]]
+    for quote in quoted:
+        parts = [part.strip() for part in quote.split("...")]
+        assert any(all(part in text for part in parts) for text in ours), quote
+
+
+def test_pictures_are_drawn_from_recorded_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pictures
+
+    found = pictures.pictures()
+    sys.modules.pop("pictures")
+    assert {path.stem for path in pictures.FOLDER.glob("*.png")} == set(found)
+    for name, png in found.items():
+        assert png.startswith(b"\x89PNG") and len(png) < 60_000
+        assert f"pictures/{name}.png" in (ROOT / "docs/metrics.md").read_text("utf-8")
+        # the same picture, but for how a version of matplotlib draws
+        kept = (pictures.FOLDER / f"{name}.png").read_bytes()
+        assert kept[16:24] == png[16:24], "run `python docs/pictures.py`"
 
 
 def test_options_are_those_of_the_code(monkeypatch):
@@ -59,14 +105,14 @@ def test_options_are_those_of_the_code(monkeypatch):
     sys.modules.pop("options")
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+@each("yaml")
 def test_yaml_is_what_we_take(text):
     found = yaml.safe_load(text)
     if isinstance(found, dict) and "bapo" in found:
         parse_block(found["bapo"])
 
 
-@pytest.mark.parametrize("text", blocks("bash"))
+@each("bash")
 def test_commands_of_ours_have_these_options(text):
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)

@@ -10,7 +10,18 @@ import bapo_plugin
 ROOT = Path(bapo_plugin.__file__).parent
 # floors, from the ground up; a file imports from its own floor and from those below
 FLOORS = [
-    ["loss", "files", "store", "compat", "last_word", "blocks", "runs", "trust", "versions"],
+    [
+        "loss",
+        "files",
+        "store",
+        "compat",
+        "last_word",
+        "blocks",
+        "runs",
+        "trust",
+        "versions",
+        "yaml_files",
+    ],
     ["config", "network"],
     ["rows"],
     ["checks"],

@@ -461,6 +461,17 @@ def test_every_example_is_here():
     assert {path.stem for path in (ROOT / "yaml_examples").glob("*.yml")} == EXAMPLES.keys()
 
 
+@pytest.mark.parametrize(
+    "key", ["gradient_checkpointing_kwargs", "bnb_config_kwargs", "overrides_of_model_config"]
+)
+def test_a_value_where_a_block_belongs_is_named(tmp_path, key):
+    config = yaml.safe_load((ROOT / "yaml_examples/server-anchors.yml").read_text("utf-8"))
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(config | {key: 0.5}))
+    with pytest.raises(ValueError, match=f"{key}: 0.5 must be a block of settings"):
+        read_settings(path)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_fit_their_card_and_say_what_they_need(name, planner_of, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -247,10 +247,11 @@ def test_keys_that_axolotl_drops_are_those_of_the_yaml(config, chatml, tmp_path)
 
 def test_what_cannot_be_loaded_is_named(config, chatml, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\nnothing')
-    for name in ("broken.jsonl", "nowhere.jsonl"):
+    said = {"broken.jsonl": "line 1: .*delimiter at character 15", "nowhere.jsonl": "check `path:`"}
+    for name, reason in said.items():
         entry = {"path": str(tmp_path / name), "split": "train", "type": "chatml.prompt_pairs"}
         with pytest.raises(
-            ValueError, match=rf"datasets\[0\] .*{name}.* can't be loaded: .*check `path:`"
+            ValueError, match=rf"(?s)datasets\[0\] .*{name}.* can't be loaded: .*{reason}"
         ):
             prepare_rows(config(datasets=[entry]), chatml)
 

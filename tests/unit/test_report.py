@@ -16,6 +16,7 @@ from bapo_plugin.report.figures import NUM_COLOURS, make_figures, run_style
 from bapo_plugin.report.plots import _MAX_POINTS, _STAND_INS, _thinned, panel_svg
 from bapo_plugin.report.read import TRAINER_CLS, read_runs, unique_names
 from bapo_plugin.report.tables import decimal, differences, summary, task_table
+from bapo_plugin.report.verdict import verdict
 
 EVIL = "<script>alert(1)</script>"
 BAPO = {"base_model": "tiny", "rl": "dpo", "trainer_cls": TRAINER_CLS, "rl_beta": 0.1}
@@ -41,6 +42,7 @@ def metrics(step: int, base: float) -> dict:
         "drift/base": base * step / 20,
         "drift/rejected": -2.0 * step,
         "anchor/active": 0.5,
+        "anchor/lost": 0.02,
     }
 
 
@@ -145,6 +147,14 @@ def test_page_and_figures(two, tmp_path):
     assert places == sorted(places)
     assert "lowest in dpo (−30.0 nats) and highest in bapo (−0.500 nats)" in text
     assert "drift −7.50 nats" in text
+    assert "Lost by tokens nats a token" in text
+
+
+def test_print_unfolds_what_is_folded(two, tmp_path):
+    page = Page(write_report(two, tmp_path / "r.html")[0])
+    assert page.all("details")
+    in_print = page.source.split("@media print")[1]
+    assert "details::details-content { content-visibility: visible" in in_print
 
 
 def test_same_runs_same_bytes(two, tmp_path):
@@ -484,7 +494,7 @@ def test_written_whole_or_not_at_all(two, tmp_path, monkeypatch):
     write(tmp_path / "r.html", "what was there")
     write_bytes = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ValueError, match="r-loss.png: can't be written \\(No space"):
+    with pytest.raises(ValueError, match="r-loss.png can't be written: no space"):
         write_report(two, tmp_path / "r.html")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.html"]
     assert (tmp_path / "r.html").read_text() == "what was there"
@@ -541,3 +551,15 @@ def test_a_yaml_is_not_a_run(tmp_path):
     path = write(tmp_path / "run.yml", "rl: bapo")
     with pytest.raises(ValueError, match="run.yml: is a configuration, .* name the folder in its"):
         write_report([path], tmp_path / "r.html")
+
+
+def test_the_verdict_says_where_answers_have_begun_to_loop(tmp_path):
+    def kept(change, error):
+        part = {"value": 0.3, "difference": change, "difference_se": error}
+        after = {"lost": {"value": 0.1}, "worst_tenth": {"value": -3.0}, "repetition": part}
+        folder = make_run(tmp_path / f"run{change}{error}")
+        add_evaluation(folder, probe={"prompts": 48, "after": {"a": after}})
+        return verdict(read_runs([folder])[0]).kept
+
+    assert "4-grams before" not in kept(0.04, 0.01) and "4-grams before" not in kept(0.2, 0.11)
+    assert kept(0.2, 0.05).endswith("Answers repeat themselves: 10% of 4-grams before, 30% now")

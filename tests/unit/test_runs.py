@@ -92,6 +92,11 @@ def test_local_is_what_names_no_hub(tmp_path, changes, local):
     assert network.is_local(config(tmp_path, **changes)) is local
 
 
+def test_names_that_no_file_can_have_are_not_local(tmp_path):
+    assert not network.is_local({"base_model": "a" * 5000})
+    assert not network.is_local({"base_model": "a\0"})
+
+
 @pytest.mark.parametrize("local", [True, False])
 def test_the_users_own_environment_goes_first(tmp_path, monkeypatch, local):
     path = tmp_path / "run.yml"

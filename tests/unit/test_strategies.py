@@ -218,6 +218,26 @@ def test_messages_where_the_type_takes_text():
         reader(strategy_of("chatml.prompt_pairs", {}))(row)
 
 
+def test_a_longer_conversation_than_the_strategy_takes_is_refused():
+    """chatml.argilla_chat takes the first two messages, whatever follows."""
+    read = reader(strategy_of("chatml.argilla_chat", {}))
+    row = conversation("arr")
+    row["chosen"] = [user("hello"), assistant("hi"), *row["chosen"]]
+    with pytest.raises(
+        RowError, match="strategy leaves out message 3 of chosen .'why blue\\?'.; use"
+    ):
+        read(row)
+    row = conversation("arr")
+    row["rejected"][0] = user("another question")
+    with pytest.raises(RowError, match="leaves out message 1 of rejected .'another question'"):
+        read(row)
+
+
+def test_binary_columns_are_no_text():
+    with pytest.raises(RowError, match="prompt is of type bytes"):
+        reader(strategy_of("chatml.prompt_pairs", {}))(plain()("arr") | {"prompt": b"why"})
+
+
 def test_strategy_that_returns_nothing():
     with pytest.raises(RowError, match="the prompt strategy returned missing, not prompt"):
         reader(lambda row: None)(plain()(CHOSEN) | {"base": BASE})

@@ -2,23 +2,31 @@
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+import traceback
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.config import merge_input_args
-from pydantic import ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
+import bapo_plugin
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
+from bapo_plugin.network import is_there
 from bapo_plugin.runs import without_secrets
+from bapo_plugin.yaml_files import repeated_keys
 
 _OURS = "axolotl.bapo_plugin"
+_HERE = str(Path(bapo_plugin.__file__).parent)
 # below, two names have little in common
 _NEAR = 0.8
+# whose keys `checks` looks at
+_CHECKED = ("datasets", "test_datasets")
+_PLUGINS = "plugins: [bapo_plugin.BAPOPlugin]"
 
 
 class Heard(logging.Handler):
@@ -57,21 +65,6 @@ def hearing() -> Iterator[Heard]:
             handler.setLevel(level)
 
 
-def read_yaml(config: Path) -> dict[str, Any]:
-    """The YAML as it is written.
-
-    Raises:
-        ValueError: it is none, or no block of settings.
-    """
-    try:
-        raw = yaml.safe_load(config.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{config} can't be read as YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{config} must be a block of settings, `key: value` on each line")
-    return raw
-
-
 def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
     """axolotl's validated configuration, on a machine that may have no GPU.
 
@@ -91,9 +84,16 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
             )
         raise ValueError(not_bapo(config))
     for key in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
-        name = str(raw.get(key) or "")
-        if name.startswith((".", "/", "~")) and not Path(name).exists():
+        name = raw.get(key, "")
+        if not isinstance(name, str | None):
+            raise ValueError(f"{key}: {name!r} must be text: the name of a model or of its folder")
+        if name and name.startswith((".", "/", "~")) and not is_there(name):
             raise ValueError(f"{key}: {name}: there is no such folder; mend the path")
+    plugins = raw.get("plugins") or []
+    if not isinstance(plugins, list) or not all(map(_names_a_class, plugins)):
+        raise ValueError(
+            f"plugins: {plugins!r} must be a list of classes with their packages, such as\n{_PLUGINS}"
+        )
     try:
         with only_reading():
             # as `axolotl preprocess` does: bf16 is not refused where no GPU could compute in it
@@ -103,10 +103,27 @@ def read_config(config: Path, raw: Mapping[str, Any]) -> Any:
             raise ValueError(not_bapo(config)) from None
         raise ValueError(_in_words(error)) from None
     except (ImportError, OSError) as error:  # a plugin, or a file that the YAML names
-        raise ValueError(f"{type(error).__name__}: {error}; check what {config} names") from error
+        raise ValueError(
+            f"{type(error).__name__}: {' '.join(str(error).split())}; check base_model: {raw.get('base_model')!r} and what else "
+            f"{config} names"
+        ) from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(_is_ours(frame.filename) for frame in frames[1:]):
+            raise  # our own
+        raise ValueError(_where_axolotl_stops(error, frames[-1])) from error
     if not is_active(cfg):
         raise ValueError(not_bapo(config))
     return cfg
+
+
+def _names_a_class(name: Any) -> bool:
+    return isinstance(name, str) and all(name.rpartition(".")[::2])
+
+
+def _is_ours(file: str) -> bool:
+    # the package itself only says which classes it has
+    return file.startswith(_HERE) and file != bapo_plugin.__file__
 
 
 def settings_of(cfg: Any) -> dict[str, Any]:
@@ -128,30 +145,88 @@ def settings_of(cfg: Any) -> dict[str, Any]:
 
 
 def stray_keys(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Keys at the top of the YAML that axolotl ignores without a word.
+    """Keys of the YAML that axolotl ignores without a word; data sets and `bapo:`, where they are errors, aside.
 
     Args:
         raw: the YAML as it is written.
 
     Returns:
-        Messages: of those that are much like a known key, and of all others.
+        Messages: of those that are much like a known key, or stand in a block of axolotl's, and of all others.
     """
-    known: set[Any] = {"bapo"}  # where the plugin isn't active, something else is said about it
-    for name, field in merge_input_args()[1].model_fields.items():
-        known |= {name, field.alias, field.validation_alias}
-    names = sorted(name for name in known if isinstance(name, str))
+    schema = merge_input_args()[1]
+    names = _names(schema) | {"bapo"}  # where the plugin isn't active, something else is said
     near, strange = [], []
     for key in map(str, raw):
-        if key in known or key.startswith(("x-", "_", ".")):  # a place for YAML's own anchors
+        if key in names:
             continue
-        found = difflib.get_close_matches(key, names, n=1, cutoff=_NEAR)
-        if found:
-            near.append(f"{key}: axolotl has no such key and ignores it; did you mean {found[0]}?")
+        is_ours = "bapo" not in raw and _nearest(key, ["bapo"])
+        if key.startswith(("x-", "_", ".")) and not is_ours:  # a place for YAML's own anchors
+            continue
+        if found := _nearest(key, names):
+            near.append(f"{key}: axolotl has no such key and ignores it; did you mean {found}?")
         else:
             strange.append(
                 f"{key}: axolotl has no such key and ignores it, unless it belongs to a plugin that `plugins:` doesn't name"
             )
+    for name, field in schema.model_fields.items():
+        block = raw.get(name)
+        schemas = list(_schemas(field.annotation))
+        if name in (*_CHECKED, "bapo") or not isinstance(block, Mapping) or not schemas:
+            continue
+        inner = set().union(*map(_names, schemas))
+        for key in map(str, block):
+            if key not in inner:
+                found = _nearest(key, inner)
+                hint = f"did you mean {found}?" if found else f"it has {', '.join(sorted(inner))}"
+                near.append(f"{name}.{key}: axolotl has no such key there and ignores it; {hint}")
     return near, strange
+
+
+def repeated(config: Path) -> list[str]:
+    """Messages about keys that stand twice in a block of the YAML.
+
+    Args:
+        config: a YAML that can be read.
+    """
+    return [
+        f"{key}: stands twice, first in line {first}, and only line {last} counts; remove one of the two"
+        for key, first, last in repeated_keys(config)
+    ]
+
+
+def _names(schema: type[BaseModel]) -> set[str]:
+    """Keys that a block of this schema may have."""
+    found: list[Any] = []
+    for name, field in schema.model_fields.items():
+        other = field.validation_alias
+        others = other.choices if isinstance(other, AliasChoices) else [other]
+        found += [name, field.alias, *others]
+    return {name for name in found if isinstance(name, str)}
+
+
+def _schemas(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Schemas of blocks that ignore what they don't know; other parts of a type's union aside."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation.model_config.get("extra") in (None, "ignore"):
+            yield annotation
+    elif typing.get_origin(annotation) is not list:
+        for part in typing.get_args(annotation):
+            yield from _schemas(part)
+
+
+def _nearest(key: str, names: Iterable[str]) -> str | None:
+    found = difflib.get_close_matches(key, sorted(names), n=1, cutoff=_NEAR)
+    return next(iter(found), None)
+
+
+def _where_axolotl_stops(error: Exception, last: traceback.FrameSummary) -> str:
+    """axolotl meets some values that it doesn't expect with an error of Python's; its line of code names the key."""
+    if (last.line or "").startswith("raise"):
+        return f"axolotl refuses this configuration: {type(error).__name__}: {error}"
+    return (
+        f"axolotl stops at this configuration with {type(error).__name__}: {error}, in {Path(last.filename).name}, line "
+        f"{last.lineno}: `{last.line}`; look for the key that is named there, its value is of a kind that axolotl doesn't take"
+    )
 
 
 def _in_words(error: ValidationError) -> str:

@@ -14,7 +14,7 @@ from bapo_plugin.commands.check.configuration import (
     Heard,
     hearing,
     read_config,
-    read_yaml,
+    repeated,
     settings_of,
     stray_keys,
 )
@@ -42,6 +42,7 @@ from bapo_plugin.rows.oddities import IDENTICAL
 from bapo_plugin.rows.table import kept_among, overlap, problems_of, where, without
 from bapo_plugin.scoring.layouts import refusal, refusal_by_settings
 from bapo_plugin.training.refusals import refuse_without_held_out
+from bapo_plugin.yaml_files import read_yaml
 
 _SLOW = 5000  # rows that take some seconds to render
 
@@ -81,7 +82,7 @@ class _Gathering:
             cfg = self.cfg = read_config(config, raw)
         finally:
             near, strange = stray_keys(raw)
-            for text in near:
+            for text in (*near, *repeated(config)):
                 facts.warn("key", text)
             facts.remarks += strange
         self._hear("key")
@@ -107,8 +108,9 @@ class _Gathering:
         try:
             return load_tokenizer(cfg)
         except (OSError, ValueError, ImportError, KeyError) as error:
+            key = "tokenizer_config" if cfg.tokenizer_config else "base_model"
             raise ValueError(
-                f"the tokenizer of {cfg.tokenizer_config or cfg.base_model} can't be loaded: {error}"
+                f"{key}: the tokenizer of {cfg[key]} can't be loaded: {error}"
             ) from error
 
     def _usable(self, rendered: Tables) -> Tables:
@@ -219,8 +221,8 @@ class _Gathering:
 
     def _watched(self, path: str) -> Dataset:
         rows = self.work.prompts(path, "bapo.retention.prompts")
-        for text, numbers in problems_of(rows).items():
-            raise ValueError(f"bapo.retention.prompts: {path}, prompt {numbers[0]}: {text}")
+        for text, said in problems_of(rows).items():
+            raise ValueError(f"bapo.retention.prompts: {path}, prompt {said.first[0]}: {text}")
         return rows
 
     # ------------------------------------------------------------ what is said

@@ -5,14 +5,14 @@ from typing import NamedTuple
 import pyarrow as pa
 from datasets import Dataset
 
-from bapo_plugin.anchors.plan import Plan, explain, make_plan, usable
+from bapo_plugin.anchors.plan import Plan, explain, make_plan
 from bapo_plugin.commands.check.facts import Bases, DataSet, Group
 from bapo_plugin.commands.check.measure import Measured
 from bapo_plugin.prepare import KEEP, Preparation
 from bapo_plugin.rows.chat import ChatRows
 from bapo_plugin.rows.sources import Source
 from bapo_plugin.rows.strategies import StrategyRows
-from bapo_plugin.rows.table import notices_of, problems_of, where
+from bapo_plugin.rows.table import Said, notices_of, problems_of, where
 from bapo_plugin.store import Store
 
 Tables = dict[str, list[Dataset]]  # split -> rows of each of its data sets
@@ -45,7 +45,6 @@ def data_sets_of(work: Preparation, rendered: Tables, rows: Tables) -> list[Data
         if split == KEEP:
             continue
         for source, table, left in zip(sources, rendered[split], rows[split], strict=True):
-            odd = notices_of(table)
             found.append(
                 DataSet(
                     name=source.name,
@@ -56,8 +55,8 @@ def data_sets_of(work: Preparation, rendered: Tables, rows: Tables) -> list[Data
                     mapping=_mapping(source, left),
                     usable=len(left),
                     refused=_groups(problems_of(table)),
-                    odd=_groups(odd),
-                    odd_rows=len({number for numbers in odd.values() for number in numbers}),
+                    odd=_groups(notices_of(table)),
+                    odd_rows=len(where(table, "notice", bool)),
                 )
             )
     return found
@@ -69,7 +68,7 @@ def answered(work: Preparation, rows: Tables) -> Answered:
     Raises:
         ValueError: the model isn't there, or nothing ends an answer.
     """
-    if not any(where(table, "lacks", bool) for parts in rows.values() for table in parts):
+    if not any(len(where(table, "lacks", bool)) for parts in rows.values() for table in parts):
         none = {split: [[""] * len(table) for table in parts] for split, parts in rows.items()}
         return Answered(rows, none, None, [])
     made_by = work.made_by()
@@ -77,7 +76,7 @@ def answered(work: Preparation, rows: Tables) -> Answered:
     with Store(work.store_path, "base responses") as store:
         tables = [table for parts in keyed.values() for table in parts]
         plan = make_plan(tables, store, made_by, work.stop_ids)
-        known = set(usable(store, plan.limits))
+        known = set(plan.reused.keys())
         reasons = explain(tables, plan, store) if plan.requests else []
     mark = "to generate: "
     why = [(text.removeprefix(mark), n) for text, n, _ in reasons if text.startswith(mark)]
@@ -105,17 +104,17 @@ def bases_of(work: Preparation, rows: Answered, measured: Measured) -> Bases:
     splits = [split for split in rows.tables if split != KEEP]
     has_key = [key != "" for split in splits for part in rows.keys[split] for key in part]
     pairs = list(zip(has_key, measured.lacks.tolist(), strict=True))
-    requests = rows.plan.requests if rows.plan else {}
+    to_make = set(rows.plan.requests.keys()) if rows.plan else set()
     kept_keys = {key for part in rows.keys.get(KEEP, []) for key in part}
     return Bases(
         in_data=pairs.count((False, False)),
         in_store=pairs.count((True, False)),
         to_make=pairs.count((True, True)),
         no_room=pairs.count((False, True)),
-        requests=len(requests),
-        most_tokens=sum(request.limit for request in requests.values()),
+        requests=len(to_make),
+        most_tokens=int(rows.plan.requests.limits.sum()) if rows.plan else 0,
         kept_prompts=sum(map(len, rows.tables.get(KEEP, []))),
-        kept_to_make=len(kept_keys & set(requests)),
+        kept_to_make=len(kept_keys & to_make),
         cut=int((measured.cut & ~measured.lacks).sum()),
         empty=int(measured.empty.sum()),
         reasons=rows.reasons,
@@ -159,6 +158,6 @@ def _mapping(source: Source, rows: Dataset) -> dict[str, str]:
     return found
 
 
-def _groups(found: dict[str, list[int]]) -> list[Group]:
-    groups = [Group(text, len(numbers), numbers[:5]) for text, numbers in found.items()]
+def _groups(found: dict[str, Said]) -> list[Group]:
+    groups = [Group(text, said.rows, said.first) for text, said in found.items()]
     return sorted(groups, key=lambda group: -group.rows)

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 import yaml
 
-from bapo_plugin.commands.personas.read import Persona, read_personas, read_yaml
+from bapo_plugin.commands.personas.read import Persona, read_personas
 from bapo_plugin.commands.personas.train import (
     INTERRUPTED,
     command_of,
@@ -23,6 +23,7 @@ from bapo_plugin.commands.personas.train import (
 )
 from bapo_plugin.files import must_be_writable, write_whole
 from bapo_plugin.network import stay_offline
+from bapo_plugin.yaml_files import read_yaml
 
 _ELSEWHERE = "name another output_dir"
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bapo_plugin.checks import check_config
 from bapo_plugin.runs import secrets_in
+from bapo_plugin.yaml_files import read_yaml, repeated_keys
 
 CONFIG = "config.yml"
 # what must be the same for adapters of one loaded model; a test holds it to what `models` knows of loading
@@ -74,7 +73,11 @@ def read_personas(config: Path, file: Path) -> list[Persona]:
     if not base.get("output_dir"):
         raise ValueError(f"{config}: output_dir: is not set; the personas' folders lie in it")
     found = []
-    for name, overrides in read_yaml(file, distinct=True).items():
+    personas = read_yaml(file)
+    for twice, *_ in repeated_keys(file):
+        if twice in personas:
+            raise ValueError(f"{file}: {twice} is there twice; give each persona a name of its own")
+    for name, overrides in personas.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
                 f"{file}: {name!r} can't be the name of a persona, which names a folder too: take letters, digits and _ . - in "
@@ -124,21 +127,6 @@ def merge(base: Any, overrides: Any) -> Any:
 
 def has_entries(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(e, Mapping) for e in value)
-
-
-def read_yaml(path: Path, distinct: bool = False) -> dict[Any, Any]:
-    try:
-        text = path.read_text("utf-8")
-        found = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read as YAML: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: {str(found)[:40]!r} must be a mapping of keys to values")
-    if distinct:  # YAML takes the last one without a word
-        names = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{path}: {twice} is there twice; give each persona a name of its own")
-    return found
 
 
 def _check(where: str, base: Mapping[str, Any], merged: Mapping[str, Any]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import typer
 
-from bapo_plugin.commands.personas.read import CONFIG, Persona, has_entries, read_yaml
+from bapo_plugin.commands.personas.read import CONFIG, Persona, has_entries
 from bapo_plugin.runs import has_adapter, how_far, is_finished
+from bapo_plugin.yaml_files import read_yaml
 
 INTERRUPTED = 130  # exit code, as a shell gives it after Ctrl-C
 

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bapo_plugin.evaluation.recorded import digest
 from bapo_plugin.scoring.retention import mean_and_error
 
+# what lm-eval says of a question: its row, as it was asked, the right answer
+_HASHED = ("doc", "prompt", "target")
 # (task of lm-eval, number of the question)
 Question = tuple[str, int]
 
@@ -18,7 +21,8 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
 
     An entry has `questions` (their number), `chance` (accuracy of guessing: mean of 1 / number of choices),
     `at_chance` (whether the accuracy before is within two standard errors of guessing; None where chance isn't
-    known), and `parts`: the same for each group and subject, with `kind` and `name`.
+    known), and `parts`: the same for each group and subject, with `kind` and `name`. `rows` has the numbers question by
+    question, with a digest of each question; it is None where lm-eval gives none.
     """
     inside = {
         sub
@@ -53,6 +57,7 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
                     "task": task,
                     "metric": metric if filters == "none" else f"{metric} ({filters})",
                     **measured,
+                    "rows": _rows(before, task, filters, own, theirs),
                     "parts": [
                         {"kind": kind, "name": name, **_measure(own, theirs, part, chances)}
                         for (kind, name), part in _parts(before, task).items()
@@ -61,6 +66,28 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
                 }
             )
     return entries
+
+
+def _rows(
+    before: dict,
+    task: str,
+    filters: str,
+    own: Mapping[Question, float],
+    theirs: Mapping[str, Mapping[Question, float]],
+) -> dict[str, Any] | None:
+    """Columns of numbers before and after, where every question has one in all."""
+    if not own or any(values.keys() != own.keys() for values in theirs.values()):
+        return None
+    ids = {
+        (sub, sample["doc_id"]): digest(sub, *(sample.get(f"{of}_hash") for of in _HASHED))
+        for sub, sample in _samples(before, task)
+        if sample.get("filter", "none") == filters
+    }
+    return {
+        "id": [ids[question] for question in own],
+        "before": list(own.values()),
+        "after": {name: [values[q] for q in own] for name, values in theirs.items()},
+    }
 
 
 def _measure(

@@ -101,7 +101,10 @@ TOUCHED = {
     "trl.models.utils.disable_gradient_checkpointing": "scoring/ scores without checkpointing with",
     "trl.trainer.utils.use_adapter": "scoring/ takes the reference's adapter with",
     "accelerate.state.GradientState._set_sync_gradients": "training/packs.py holds the exchange of gradients back with",
+    "datasets.Dataset._indices": "rows/table.py knows by whether rows were left out of a table",
+    "tqdm.std.tqdm._instances": "last_word.py closes progress bars by",
     "datasets.Dataset._fingerprint": "training/reference.py knows rows again by",
+    "datasets.Dataset._indices": "rows/table.py knows that rows were left out by",
     "peft.PeftModel.get_base_model": "training/outputs.py reaches the model below an adapter by",
     "peft.helpers.rescale_adapter_scale": "evaluation/subject.py scales adapters with",
     "peft.tuners.lora.layer.Linear": "planning/ rehearses LoRA layers with",
@@ -131,7 +134,8 @@ TOUCHED = {
     "axolotl.utils.dict.DictDefault": "configurations are",
     "axolotl.utils.logging.get_logger": "everything logs with",
     "axolotl.utils.schemas.datasets": "rows/entries.py knows the keys of a data set by",
-    # torch's
+    # of others
+    "tqdm.std.tqdm._instances": "last_word.py closes progress bars by",
     "torch.nn.Module._parameters": "planning/rehearsal.py fills with fake tensors",
     "torch.nn.Module._buffers": "planning/rehearsal.py fills with fake tensors",
     "torch._subclasses.fake_tensor.DataDependentOutputException": "planning/rehearsal.py expects",

@@ -11,6 +11,7 @@ import atexit
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -138,6 +139,8 @@ def _serve(path):
     listener.bind(path)
     listener.listen()
     while True:
+        if 0 in select.select([listener, 0], [], [])[0]:
+            os._exit(0)  # the other end is closed: whoever started this has ended
         connection, _ = listener.accept()
         if os.fork():
             connection.close()

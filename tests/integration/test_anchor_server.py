@@ -330,7 +330,9 @@ def changing(server, after, **changes):
 
 @pytest.fixture
 def short_parts(monkeypatch):
-    monkeypatch.setattr(ServerEngine, "batches", lambda self, *sizes: [4, 4, len(sizes[0]) - 8])
+    monkeypatch.setattr(
+        ServerEngine, "batches", lambda self, lengths, limits: [4, 4, len(lengths) - 8]
+    )
 
 
 def test_a_model_that_is_changed_midway_is_noticed(folder, short_parts):

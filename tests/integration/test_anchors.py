@@ -248,8 +248,11 @@ def test_rows_without_base_get_the_models_own_answer(folder, loads, caplog):
         chat = [{"role": "user", "content": row["prompt"]}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prepared = by_prompt[prompt]
-        ids = tokenizer(prompt)["input_ids"]
-        assert prepared["prompt_ids"] == ids
+        ids = prepared["prompt_ids"]
+        if row["prompt"] == ODD_PROMPTS[1]:  # special tokens in words are text
+            assert tokenizer.decode(ids) == prompt and ids.count(2) == 1
+        else:
+            assert ids == tokenizer(prompt)["input_ids"]
         if answer is None:
             assert prepared["base"] == "from the user<|im_end|>"
             continue

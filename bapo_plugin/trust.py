@@ -11,10 +11,6 @@ import stat
 from functools import cache
 from pathlib import Path
 
-from axolotl.utils.logging import get_logger
-
-LOG = get_logger("axolotl." + __name__)
-
 #: names or ids of users, with commas; * for all
 SETTING = "BAPO_TRUSTED_USERS"
 
@@ -55,7 +51,9 @@ def refuse_strangers(*paths: Path) -> None:
 
 @cache  # once
 def _tell(folder: Path) -> None:
-    LOG.warning(
+    from axolotl.utils.logging import get_logger  # not light
+
+    get_logger("axolotl." + __name__).warning(
         f"{folder} can be written by every user of this machine, and what is in it decides what is trained. If others use the "
         f"machine, take that away (chmod -R o-w {folder}); if all are trusted, set the environment variable {SETTING}=*"
     )

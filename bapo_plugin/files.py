@@ -28,7 +28,10 @@ class NotWritten(ValueError):
 
     def __init__(self, path: Path, number: int, instead: str):
         super().__init__(_sentences(path, number, instead))
-        self.path, self.number = path, number
+        self.path, self.number, self._instead = path, number, instead
+
+    def __reduce__(self) -> tuple:  # from a worker to its main process
+        return type(self), (self.path, self.number, self._instead)
 
 
 def write_whole(path: Path, content: str | bytes, instead: str) -> None:

@@ -6,6 +6,7 @@ tracebacks of their own when a process fails, so that under them the message wai
 """
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -44,10 +45,13 @@ def install() -> None:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether our code raised it as a message: a ValueError whose innermost frame is ours."""
+    """Whether our code raised it as a message: a ValueError whose innermost frame is ours, here or in a worker."""
     traceback = error.__traceback__
     if not isinstance(error, ValueError) or traceback is None:
         return False
+    if type(error.__cause__).__name__ == "RemoteTraceback":  # of a pool of processes, as text
+        places = re.findall(r'^  File "(.+)", line \d+', str(error.__cause__), re.MULTILINE)
+        return bool(places) and places[-1].startswith(_HERE + os.sep)
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     return traceback.tb_frame.f_code.co_filename.startswith(_HERE + os.sep)

@@ -7,6 +7,7 @@ plugin does nothing.
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ def _as_written(cfg: Any) -> dict:
 def _take_entry(entry: Any) -> dict[str, Any]:
     """The keys of a data set's entry as written; `field_base` is taken out of what axolotl validates, wherever it
     stands."""
-    kept = copy.deepcopy(dict(entry))
+    kept = _plain(entry)
     inner = entry.get("type")
     found = inner.pop("field_base", None) if isinstance(inner, dict) else None
     kept["field_base"] = kept.get("field_base") if kept.get("field_base") is not None else found
@@ -145,3 +146,10 @@ def _take_entry(entry: Any) -> dict[str, Any]:
         kept["type"].pop("field_base", None)
     entry.pop("field_base", None)
     return {key: value for key, value in kept.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A copy without axolotl's `DictDefault`, which has any attribute that pydantic asks for: None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else copy.copy(value)

@@ -134,7 +134,7 @@ class Preparation:
                 path = self._path(split, i)
                 if keep and self._keep:
                     with self._lock():  # whoever comes later takes what is there
-                        if not path.exists():
+                        if not _is_whole(path):
                             _save(self._render(source), path)
                         rows = _read(path)
                 else:
@@ -319,7 +319,7 @@ class Preparation:
     def _are_there(self, paths: Mapping[str, Path], fresh: bool = False) -> bool:
         if not self._keep or (self.cfg.is_preprocess and not (fresh and not self._is_main)):
             return False
-        return all(path.exists() for path in paths.values())
+        return all(map(_is_whole, paths.values()))
 
     def _load(self, paths: Mapping[str, Path]) -> dict[str, Dataset]:
         for split, path in paths.items():
@@ -373,6 +373,11 @@ def _read(path: Path) -> Dataset:
     """
     refuse_strangers(path)
     return load_from_disk(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """`datasets` may have put a cache file into the folder of rows that another process has removed since."""
+    return (path / "state.json").is_file()
 
 
 def _save(rows: Dataset, path: Path) -> None:

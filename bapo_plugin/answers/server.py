@@ -189,6 +189,12 @@ class ServerEngine:
             with self._choosing:
                 if self._form is None:
                     self._form = self._choose_form(request)
+        if not self._gives_its_tokens(request, self._form):
+            raise ServerError(
+                f"the server ({self._shown}) takes text only, and the text of a prompt doesn't give the prompt's tokens: it holds "
+                f"a special token in its words. Prompt: {request.prompt!r}. Take a server that takes token ids, or mend the words "
+                "(bapo.special_tokens_in_words: refuse finds them), or set bapo.special_tokens_in_words: tokens"
+            )
         reply = self._post(self._body(request, self._form, greedy))
         self._answers_as = self._answers_as or reply.model
         if reply.model not in (None, self._answers_as):
@@ -219,7 +225,8 @@ class ServerEngine:
                     break
                 if status == 200:
                     reply = read_completion(data, self._vocabulary)
-                    if reply.prompt_tokens in (None, len(request.prompt_ids)):
+                    counted = (None, len(request.prompt_ids))
+                    if reply.prompt_tokens in counted or not self._gives_its_tokens(request, form):
                         return form
             except httpx.ConnectError:
                 break  # no server: the request itself will say so, after its retries
@@ -258,6 +265,18 @@ class ServerEngine:
             if form.prompt == "text":
                 body["add_special_tokens"] = False
         return body
+
+    def _gives_its_tokens(self, request: Request, form: _Form) -> bool:
+        """Whether what is sent stands for the prompt's tokens: as text, special tokens in words would become real ones."""
+        if form.prompt == "ids":
+            return True
+        wanted, text = list(request.prompt_ids), self._bare(request)
+        sent = [request.prompt] if form.prompt == "text" else [text, request.prompt]
+        return any(
+            self._tokenizer(part, add_special_tokens=adds)["input_ids"] == wanted
+            for part in sent
+            for adds in (False, True)
+        )
 
     def _bare(self, request: Request) -> str:
         """The text that a server which adds BOS will tokenise to the request's tokens."""

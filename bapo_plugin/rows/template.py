@@ -95,7 +95,9 @@ class ChatTemplate:
         Raises:
             RowError: the template refuses the messages, or leaves out some of their words.
         """
-        return self._ask(self.words.hide(history, "the prompt"), self.words.hide(tools, "tools"))
+        return self._ask(
+            self.words.hide(history, "the prompt"), self.words.hide_below(tools, "tools")
+        )
 
     def _ask(self, history: Sequence[Message], tools: list[dict] | None) -> str:
         text = self._apply(history, tools, ask=True)
@@ -115,7 +117,7 @@ class ChatTemplate:
                 otherwise once an answer follows.
         """
         history = self.words.hide(conversation.history, "the prompt")
-        tools = self.words.hide(conversation.tools, "tools")
+        tools = self.words.hide_below(conversation.tools, "tools")
         ask = self._ask(history, tools)
         # what stands before the assistant is spoken to, and must stay so when it has answered
         told = common_prefix([ask, self._apply(history, tools)])
@@ -172,7 +174,8 @@ class ChatTemplate:
             whole = ""
         if not whole.startswith(ask) or _opens_twice(whole[len(ask) :], said):
             # the template writes a message otherwise than the model goes on after what it was asked with
-            if end := self._stops.first_inside(said):
+            # among its ids, where they are there, the model itself has told text from ends
+            if base.tokens is None and (end := self._stops.first_inside(said)):
                 raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
             return ask + said + self._end.text
         return whole

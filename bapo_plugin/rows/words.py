@@ -72,9 +72,21 @@ class Words:
             return self._hide(words, name) + value[len(words) :]
         if isinstance(value, Mapping):
             return {
-                k: v if k in ("role", "from") else self.hide(v, name, own) for k, v in value.items()
+                k: v if k in ("role", "from") else self.hide_below(v, name, own)
+                for k, v in value.items()
             }
         return [self.hide(v, name, own) for v in value] if isinstance(value, list) else value
+
+    def hide_below(self, value: Any, name: str, own: Callable[[str], str] = str) -> Any:
+        """As `hide`, for what is below a message or beside messages, such as tools: any key may be there, and hold words."""
+        if isinstance(value, Mapping) and self._policy != "tokens":
+            return {
+                self._hide(k, name) if isinstance(k, str) else k: self.hide_below(v, name, own)
+                for k, v in value.items()
+            }
+        if isinstance(value, list):
+            return [self.hide_below(v, name, own) for v in value]
+        return self.hide(value, name, own)
 
     def _hide(self, text: str, name: str) -> str:
         check_characters(text, name)

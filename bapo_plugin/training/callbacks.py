@@ -68,7 +68,8 @@ class RunRecord(TrainerCallback):
         write_whole(Path(args.output_dir) / RECORD, text, ELSEWHERE)
 
     def on_log(self, args, state, control, **kwargs):
-        if time.monotonic() > self._due:
+        # `axolotl evaluate` logs too, and would put its one entry in place of the run's
+        if self.is_under_way and time.monotonic() > self._due:
             self._write(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):

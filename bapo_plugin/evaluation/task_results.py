@@ -21,7 +21,7 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
 
     An entry has `questions` (their number), `chance` (accuracy of guessing: mean of 1 / number of choices),
     `at_chance` (whether the accuracy before is within two standard errors of guessing; None where chance isn't
-    known), and `parts`: the same for each group and subject, with `kind` and `name`. `rows` has the numbers question by
+    known), `higher_is_better` (as lm-eval says; None where it doesn't), and `parts`: the same for each group and subject, with `kind` and `name`. `rows` has the numbers question by
     question, with a digest of each question; it is None where lm-eval gives none.
     """
     inside = {
@@ -56,6 +56,7 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
                 {
                     "task": task,
                     "metric": metric if filters == "none" else f"{metric} ({filters})",
+                    "higher_is_better": _higher_is_better(before, task, metric),
                     **measured,
                     "rows": _rows(before, task, filters, own, theirs),
                     "parts": [
@@ -66,6 +67,11 @@ def compare_tasks(before: dict[str, Any], after: Mapping[str, dict[str, Any]]) -
                 }
             )
     return entries
+
+
+def _higher_is_better(result: dict, task: str, metric: str) -> bool | None:
+    said = (result.get("higher_is_better") or {}).get(task) or {}
+    return said[metric] if isinstance(said.get(metric), bool) else None
 
 
 def _rows(

@@ -117,6 +117,41 @@ def test_the_merged_model_is_the_trained_one(base, tmp_path, variant):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_on_what_is_left_of_the_base_is_merged_and_not_served(base, tmp_path, init):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=init)
+    model = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "mine")
+    make_tokenizer().save_pretrained(tmp_path / "mine")
+    for more in (["vllm"], ["gguf", "--adapter"]):
+        result = run(tmp_path / "mine", "--to", *more)
+        assert result.exit_code == 2 and f"what init_lora_weights: {init} left" in " ".join(
+            result.output.split()
+        )
+    result = run(tmp_path / "mine", "--to", "merged")
+    assert result.exit_code == 0, result.output
+    merged = log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "mine/merged"))
+    before = log_probs(AutoModelForCausalLM.from_pretrained(base))
+    difference = (merged - log_probs(model)).abs().mean()
+    assert difference < 0.1 * (merged - before).abs().mean()
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("to", [["merged"], ["gguf"], ["gguf", "--adapter"], ["vllm"]])
+def test_a_base_that_peft_cannot_change_again_is_refused(base, tmp_path, init, to):
+    adapter(base, tmp_path / "mine")
+    edit(tmp_path / "mine/adapter_config.json", init_lora_weights=init)
+    result = run(tmp_path / "mine", "--to", *to)
+    text = " ".join(result.output.split())
+    assert result.exit_code == 2 and "path_initial_model_for_weight_conversion" in text
+    assert init in text and "Merge it" not in text
+
+
 def test_what_rounding_takes_of_a_small_adapter_is_said_and_a_finer_dtype_keeps_it(base, tmp_path):
     folder = adapter(base, tmp_path / "mine", std=0.002)
     found = json.loads(run(folder, "--to", "merged", "--json").stdout)
@@ -386,11 +421,36 @@ def test_an_adapter_alone_becomes_a_gguf_file_only_where_llama_cpp_scales_it_rig
     made = (folder / "gguf/mine-lora-q8_0.gguf").read_text()
     assert made == f"q8_0 ['adapter_model.safetensors'] {base}"
     lines = (folder / "gguf/mine-lora-q8_0.Modelfile").read_text().splitlines()
-    assert lines == ["FROM ./base-q8_0.gguf", "ADAPTER ./mine-lora-q8_0.gguf"]
+    (below,) = (folder / "gguf").glob("model-*-q8_0.gguf")
+    assert lines == [f"FROM ./{below.name}", "ADAPTER ./mine-lora-q8_0.gguf"]
     assert not (folder / "merged").exists()
     edit(folder / "adapter_config.json", use_rslora=True)
     result = run(folder, "--to", "gguf", "--adapter", "-o", tmp_path / "other")
     assert result.exit_code == 2 and "rsLoRA" in result.output and not (tmp_path / "other").exists()
+
+
+def test_what_was_made_of_another_base_is_not_taken(base, tmp_path, llama_cpp):
+    """Neither a merged model nor the GGUF file below an adapter."""
+    other = shutil.copytree(base, tmp_path / "other")
+    folder = adapter(base, tmp_path / "mine")
+    assert run(folder, "--to", "merged", "--dtype", "float16").exit_code == 0
+    again = run(folder, "--to", "gguf", "--base", other)
+    assert again.exit_code == 0 and "made before" not in again.output, again.output
+    record = json.loads((folder / "gguf/merged/bapo_export.json").read_text())
+    assert record["base"] == str(other)
+
+    twin, gg = adapter(other, tmp_path / "twin"), tmp_path / "gg"
+    for one in (folder, twin):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template += one.name
+        tokenizer.save_pretrained(one)
+        result = run(one, "--to", "gguf", "--adapter", "--llama-cpp", llama_cpp, "-o", gg)
+        assert result.exit_code == 0, result.output
+    bases = {
+        (gg / f"{name}-lora-q8_0.Modelfile").read_text().split()[1] for name in ("mine", "twin")
+    }
+    assert len(bases) == 2 and all((gg / name).is_file() for name in bases)
+    assert all((gg / f"{n}-lora.jinja").read_text().endswith(n) for n in ("mine", "twin"))
 
 
 # -- the hub
@@ -453,6 +513,15 @@ def mine(base, tmp_path):
 
 def publish(folder, *more):
     return run(folder, "--to", "hub", "--repo", "anna/taste", "--base", "maker/model", *more)
+
+
+def test_the_revision_of_one_base_is_not_that_of_another(mine, monkeypatch):
+    api = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    edit(mine / "adapter_config.json", revision="abc123")
+    result = publish(mine)
+    assert result.exit_code == 0 and "abc123" not in result.output, result.output
+    assert json.loads(api.sent["adapter_config.json"])["revision"] is None
 
 
 def test_the_hub_gets_the_adapter_its_card_and_nothing_of_this_machine(mine, base, monkeypatch):

@@ -14,6 +14,7 @@ from bapo_plugin.commands.compare.measures import (
     at_equal,
     at_level,
     bootstrap,
+    has_curve,
     paired,
     tasks,
     taste_and_forgetting,
@@ -23,6 +24,7 @@ from bapo_plugin.commands.compare.results import Result
 from bapo_plugin.commands.compare.shown import _shortened
 from bapo_plugin.commands.compare.words import conclusions
 from bapo_plugin.evaluation.recorded import recorded_answers, repetition
+from bapo_plugin.evaluation.task_results import compare_tasks
 from bapo_plugin.scoring.retention import Retention
 
 
@@ -186,6 +188,50 @@ def test_tasks_are_paired_by_question():
     assert found.se == pytest.approx(1 / 3) and found.gain > 0
     a, b = (result([1.0], [0.0], metric=entry("word_perplexity", ["p", "q", "r"], v)) for v in ([1.0] * 3, [2.0] * 3))  # fmt: skip
     assert next(iter(tasks(a, b))).gain == -1
+
+
+@pytest.mark.parametrize(
+    "metric, said, better",
+    [
+        ("wer", False, -1),
+        ("acc", True, 1),
+        ("acc", None, 1),
+        ("word_perplexity (all)", None, -1),
+        ("ter", True, -1),  # lm-eval is wrong
+    ],
+)
+def test_which_way_is_better_lm_eval_says(metric, said, better):
+    def results(value):
+        outcome = {f"{metric.split()[0]},none": value}
+        higher = {} if said is None else {"higher_is_better": {"quiz": {metric.split()[0]: said}}}
+        return {"results": {"quiz": outcome}, **higher}
+
+    (entry,) = compare_tasks(results(1.0), {"x": results(2.0)})
+    assert entry["higher_is_better"] is said
+    a = result([1.0], [0.0], metric=entry)
+    b = result([1.0], [0.0], metric={k: v for k, v in entry.items() if k != "higher_is_better"})
+    for pair in ((a, a), (a, b), (b, a)):
+        assert next(iter(tasks(*pair))).better == better
+
+
+def test_a_scaled_adapters_curve_ends_at_its_own_scale():
+    found = result([4.0, 4.0], [-2.0, -6.0], half=([2.0, 2.0], [-1.0, -1.0]))
+    twice = found.found.model_copy(deep=True)
+    twice.adapters["x × 2"], twice.scales["x × 2"] = "x", 2.0
+    for part, factor in (("pairs", 2), ("probe", 3)):
+        after = getattr(twice, part).rows.after
+        after["x × 2"] = after["x"].model_copy(deep=True)
+        key = "margin" if part == "pairs" else "drift"
+        setattr(after["x × 2"], key, [factor * v for v in getattr(after["x"], key)])
+    whole, scaled, half = (Result("file", twice, n, "folder") for n in ("x", "x × 2", "x × 0.5"))
+    names = {0.5: "x × 0.5", 1.0: "x", 2.0: "x × 2"}
+    assert whole.strengths == scaled.strengths == half.strengths == names
+    assert has_curve(scaled) and not has_curve(half)
+    margin = at_equal(whole, scaled)[0]
+    assert margin.value == 4 and margin.strengths == (1.0, 1.0)
+    margin = at_equal(scaled, scaled)[0]
+    assert margin.value == 8 and margin.strengths == (2.0, 2.0)
+    assert margin.measures[0].a == -12
 
 
 def test_long_settings_are_shown_from_where_they_differ():

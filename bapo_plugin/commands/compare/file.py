@@ -71,6 +71,8 @@ class Task(BaseModel):
     task: str
     metric: str
     questions: int | None
+    # of lm-eval; not in older files, nor where it doesn't say
+    higher_is_better: bool | None = None
     after: dict[str, Value]
     rows: TaskRows | None
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bapo_plugin.commands.compare.file import PARTS
+from bapo_plugin.commands.compare.file import PARTS, Task
 from bapo_plugin.commands.compare.results import Columns, Result, shared_tasks
 
 DRAWS = 1000
@@ -28,7 +28,7 @@ LABELS = {
     "kl": ("KL, nats a token", -1),
     "repetition": ("repeated 4-grams, share", -1),
 }
-_LESS_IS_BETTER = ("bits_per_byte", "ter", "brier_score")  # of lm-eval's metrics
+_LESS_IS_BETTER = ("bits_per_byte", "ter", "brier_score")  # of lm-eval, which says otherwise of ter
 # what is read off a curve of strengths, where it starts
 _START = {"accuracy": 0.5, "margin": 0.0}
 _AT_LEVEL = ("drift", "lost", "kl")
@@ -78,7 +78,7 @@ class Level:
     Args:
         of: "margin" or "accuracy".
         value: the lower of the two.
-        strengths: of A's adapter and of B's that reach it, between 0 (before) and 1.
+        strengths: of A's adapter and of B's that reach it, between 0 (before) and its own, which is 1 but for a scaled one.
         measures: what each has forgotten there.
     """
 
@@ -157,14 +157,16 @@ def tasks(a: Result, b: Result) -> Iterator[Measure]:
             a.task_value(first),
             b.task_value(second),
             se,
-            _direction(first.metric),
+            _direction(first, second),
         )
 
 
-def _direction(metric: str) -> int:
-    """lm-eval's results don't say which way is better; most metrics count what is right."""
-    name = metric.split()[0].lower()
-    return -1 if "perplexity" in name or name in _LESS_IS_BETTER else 1
+def _direction(*measured: Task) -> int:
+    """As lm-eval says, in either file; where it doesn't, most metrics count what is right."""
+    name = measured[0].metric.split()[0].lower()
+    if "perplexity" in name or name in _LESS_IS_BETTER:
+        return -1
+    return -1 if False in [task.higher_is_better for task in measured] else 1
 
 
 # ---------------------------------------------------------------- at equal taste
@@ -172,7 +174,7 @@ def _direction(metric: str) -> int:
 
 @dataclass(frozen=True)
 class _Curve:
-    """An adapter from strength 0 to 1: columns [rows, strengths] of pairs and of unrelated prompts."""
+    """An adapter from strength 0 to its own: columns [rows, strengths] of pairs and of unrelated prompts."""
 
     strengths: list[float]
     pairs: Mapping[str, np.ndarray]
@@ -180,7 +182,7 @@ class _Curve:
 
     @classmethod
     def read(cls, result: Result) -> "_Curve":
-        names = {s: name for s, name in sorted(result.strengths.items()) if 0 < s <= 1}
+        names = {s: name for s, name in sorted(result.strengths.items()) if 0 < s <= result.scale}
         points = {
             part: [result.columns(part, name) for name in names.values()]
             for part in ("pairs", "probe")
@@ -200,7 +202,7 @@ class _Curve:
 def has_curve(result: Result) -> bool:
     """Whether the adapter was measured at a part of its strength too."""
     is_measured = result.has("pairs") and result.has("probe")
-    return is_measured and any(0 < strength < 1 for strength in result.strengths)
+    return is_measured and any(0 < strength < result.scale for strength in result.strengths)
 
 
 def at_equal(a: Result, b: Result) -> list[Level]:

@@ -41,15 +41,17 @@ class Result:
         return getattr(self.found, part) is not None
 
     @property
+    def scale(self) -> float:
+        """Of the adapter that is compared: 1 unless it was measured with its weights scaled."""
+        return self.found.scales.get(self.name, 1.0)
+
+    @property
     def strengths(self) -> dict[float, str]:
         """Scale -> name of the same adapter so scaled; 1 is the adapter as it is."""
-        adapters = self.found.adapters
-        scaled = {
-            scale: name
-            for name, scale in self.found.scales.items()
-            if adapters.get(name) == adapters[self.name]
-        }
-        return scaled | {1.0: self.name}
+        adapters, scales = self.found.adapters, self.found.scales
+        same = [name for name, folder in adapters.items() if folder == adapters[self.name]]
+        same.sort(key=lambda name: name not in scales)  # it counts before a copy scaled by 1
+        return {scales.get(name, 1.0): name for name in same} | {self.scale: self.name}
 
     @property
     def task_keys(self) -> set[str]:

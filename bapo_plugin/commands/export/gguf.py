@@ -4,7 +4,9 @@ A merged model becomes one file, whatever the adapter is. `as_adapter` makes a s
 converter and llama.cpp scale every layer by lora_alpha / r, so that only plain LoRA comes out right.
 """
 
+import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +96,7 @@ def check_adapter(source: Source) -> None:
         ValueError: llama.cpp would refuse the adapter, or scale it otherwise than training did.
     """
     adapter = source.adapter or {}
+    source.check_base_is_found_again()
     reason = "it is a whole model" if source.adapter is None else not_plain(source)
     if not reason and adapter.get("use_rslora"):
         reason = "rsLoRA's scale is lora_alpha / sqrt(r), and llama.cpp takes lora_alpha / r"
@@ -116,7 +119,8 @@ def _merged(
 
     wanted = {"rounded": rounded, "dtype": dtype}
     if source.adapter is not None:
-        wanted["adapter_sha256"] = adapter_hash(source)
+        wanted |= {"adapter_sha256": adapter_hash(source), "base": source.base}
+        wanted["revision"] = source.revision
     made = next(
         (
             folder
@@ -158,12 +162,12 @@ def _adapter(source: Source, output: Path, name: str, outtype: str) -> Result:
     base = source.base_folder()
     result = Result(source.facts(), [*source.notes(), *template.notes])
     result.facts.append(("template", template.phrase))
-    below, file = f"base-{outtype}.gguf", f"{name}-lora-{outtype}.gguf"
+    below, file = f"{_name_of_base(source, base)}-{outtype}.gguf", f"{name}-lora-{outtype}.gguf"
     result.found |= {"gguf": file, "modelfile": [f"FROM ./{below}", f"ADAPTER ./{file}"]}
     serve = [["llama-server"], ["-m", str(output / below)], ["--lora", str(output / file)]]
     if template.text and not template.is_base:
         output.mkdir(parents=True, exist_ok=True)
-        path = output / "chat_template.jinja"
+        path = output / f"{name}-lora.jinja"
         write_whole(path, template.text, ELSEWHERE)
         result.wrote.append(path)
         serve += [["--jinja"], ["--chat-template-file", str(path)]]
@@ -178,6 +182,13 @@ def _adapter(source: Source, output: Path, name: str, outtype: str) -> Result:
         *_ollama(name, output / file),
     ]
     return result
+
+
+def _name_of_base(source: Source, base: Path) -> str:
+    """Another for each base: adapters of several may lie in one folder."""
+    name = re.sub(r"[^\w.-]+", "-", Path(source.base).name, flags=re.ASCII).strip("-.") or "base"
+    # of a model of the hub the folder names the revision
+    return f"{name}-{hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _conversion(script: str, folder: Path, file: Path, outtype: str, *more: list[str]) -> Command:

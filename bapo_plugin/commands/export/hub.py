@@ -55,7 +55,8 @@ def publish(
             f"--repo: {repo!r} is no name on the hub; it is like your-name/{source.name}"
         )
     template = compare_templates(source)
-    source = dataclasses.replace(source, base=base or source.base)
+    if base:  # a revision is one of the base that the run recorded
+        source = dataclasses.replace(source, base=base, revision=None)
     if source.adapter is not None and not is_hub_name(source.base):
         raise ValueError(
             f"the adapter's base is a folder of this machine ({source.base}), which says nothing to others; name the same "

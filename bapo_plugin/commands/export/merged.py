@@ -72,6 +72,7 @@ def merge(
         raise ValueError(
             f"--rounded: {source.folder} wasn't trained on 4-bit weights as far as its record says; merge without it"
         )
+    source.check_base_is_found_again()
     output = output or source.folder / "merged"
     base = source.base_folder()
     needed = bytes_of_base(source, base, dtype)

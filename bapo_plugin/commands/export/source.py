@@ -18,6 +18,8 @@ from bapo_plugin.runs import (
 )
 
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# beginnings of init_lora_weights
+_OUT_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # what a tokenizer's own files are called
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -51,6 +53,26 @@ class Source:
         if name.startswith("checkpoint-"):
             name = f"{folder.parent.name}-{name}"
         return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
+
+    @property
+    def changed_base(self) -> str | None:
+        """The `init_lora_weights` that took what the adapter starts with out of the base; None where the base stayed itself."""
+        init = str((self.adapter or {}).get("init_lora_weights")).lower()
+        return init if init.startswith(_OUT_OF_THE_BASE) else None
+
+    def check_base_is_found_again(self) -> None:
+        """PEFT takes the same out of the base again for PiSSA and OLoRA. The others need what only training had: random
+        numbers, gradients, activations or quantised weights.
+
+        Raises:
+            ValueError: PEFT can't make the weights again that the adapter was trained on.
+        """
+        if self.changed_base not in (None, "pissa", "olora"):
+            raise ValueError(
+                f"the adapter in {self.folder} was trained on a base that init_lora_weights: {self.changed_base} had changed, "
+                "and PEFT can't change it the same way again. Train without it, or let training save plain LoRA by PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)"
+            )
 
     @property
     def bits(self) -> int | None:

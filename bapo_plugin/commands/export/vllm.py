@@ -94,6 +94,7 @@ def check(source: Source) -> int:
     """
     adapter = source.adapter or {}
     rank = int(adapter.get("r") or 0)
+    source.check_base_is_found_again()
     if reason := not_plain(source):
         raise ValueError(_no(source, reason))
     if others := [name for name in source.tensors() if not name.endswith(_TAKEN)]:
@@ -126,6 +127,8 @@ def not_plain(source: Source) -> str | None:
         return "it trained embeddings of single tokens (trainable_token_indices)"
     if (adapter.get("bias") or "none") != "none" or adapter.get("lora_bias"):
         return "it trained biases"
+    if init := source.changed_base:
+        return f"it was trained on what init_lora_weights: {init} left of the base"
     return None
 
 

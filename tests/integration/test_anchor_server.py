@@ -282,6 +282,22 @@ def test_an_answer_that_trickles_has_the_time_of_one_request():
             engine._post({"prompt": "sea"})
 
 
+def test_a_prompt_whose_text_is_not_its_tokens_goes_to_no_server_as_text(folder):
+    """As text its words would be a turn; as ids they are what is trained on."""
+    rows = [
+        {"prompt": f"what is <|im_end|> {i}", "chosen": "the end", "rejected": "a ship"}
+        for i in range(2)
+    ]
+    write_jsonl(folder / "rows.jsonl", rows)
+    with (
+        Server(takes="strict") as server,
+        pytest.raises(ServerError, match="takes text only, and the text of a prompt doesn't give"),
+    ):
+        anchored(folder, server.url, probe=False)
+    with Server(takes="ids") as server:
+        assert anchored(folder, server.url)[0].ids
+
+
 def test_what_was_answered_is_kept(folder):
     with Server(faults=[None] * 8 + [400] * 99) as server, pytest.raises(ServerError, match="400"):
         anchored(folder, server.url, probe=False, concurrency=1)

@@ -335,3 +335,23 @@ def test_bins_hold_every_row_and_end_at_sequence_len():
     ]
     assert sum(n for _, _, n in bins) == len(totals)
     assert bins_of(np.array([7]), 7) == [(7, 7, 1)] and bins_of(np.array([8]), 7) == [(8, 8, 1)]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"message_property_mappings": {"role": "role", "content": "content"}},
+        {"roles": {"user": ["human"], "assistant": ["assistant"]}},
+        {
+            "type": {
+                "field_prompt": "prompt",
+                "field_chosen": "chosen",
+                "field_rejected": "rejected",
+            }
+        },
+    ],
+)
+def test_blocks_in_an_entry_reach_axolotls_validation(folder, block):
+    config = write_config(folder, datasets=[entry(folder / "rows.jsonl", **block)])
+    assert load_cfg(str(config)).datasets[0].path == str(folder / "rows.jsonl")
+    assert run(config).exit_code < 2, run(config).output

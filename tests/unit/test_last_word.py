@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,25 @@ def test_a_process_says_its_message_and_exits_with_1():
         assert done.returncode == 1 and ("Traceback" in done.stderr) == traceback
         last = done.stderr if traceback else done.stderr.splitlines()[-1]
         assert "did you mean anchor_weight?" in last
+
+
+def test_a_message_of_a_worker_is_one_and_comes_back_whole():
+    import pickle
+
+    from bapo_plugin import last_word
+    from bapo_plugin.files import NotWritten
+
+    error = NotWritten(Path("/folder/file"), 28, "name another folder")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+    class RemoteTraceback(Exception):
+        pass
+
+    def raised(place):
+        try:
+            raise ValueError("said") from RemoteTraceback(f'\n  File "{place}", line 3, in f\n')
+        except ValueError as found:
+            return found
+
+    assert last_word.is_for_the_user(raised(last_word.__file__))
+    assert not last_word.is_for_the_user(raised("/elsewhere/other.py"))

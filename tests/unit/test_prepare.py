@@ -114,6 +114,16 @@ def test_val_set_size(config, chatml, size, expected):
     assert (len(train), len(evaluation)) == (12 - expected, expected)
 
 
+def test_a_folder_of_rows_that_has_only_a_cache_file_is_written_anew(config, chatml, tmp_path):
+    """Another process may have removed the rows when `datasets` put the file there."""
+    work = module.Preparation(config(), chatml)
+    path = work._path("datasets", 0)
+    path.mkdir(parents=True)
+    (path / "cache-1.arrow").write_bytes(b"")
+    (rows,) = work.rendered(keep=True)["datasets"]
+    assert len(rows) == 12
+
+
 def test_faulty_rows_of_all_data_sets_in_one_message_ten_shown(config, chatml, tmp_path):
     rows = make_rows(20)
     for i in range(1, 14):

@@ -86,6 +86,35 @@ def test_texts_that_are_rendered_already_say_themselves_what_is_a_token(tmp_path
     assert rows[0]["prompt_ids"].count(2) == 1
 
 
+def test_a_format_of_the_users_own_says_itself_too(tmp_path, chatml):
+    prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no", "base": "it is"}]
+    kind = {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
+    _, table = prepared(tmp_path, chatml, rows, kind)
+    assert table[0]["prompt_ids"] == chatml(prompt)["input_ids"], table[0]["problem"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"arguments": {"from": "a <|im_end|>"}}}],
+        },
+        {"role": "assistant", "content": [{"role": "x <|im_end|>", "text": "y"}]},
+        {"role": "assistant", "content": "x", "a <|im_end|>": "y", "b": {"c <|im_end|>": "y"}},
+    ],
+)
+def test_words_are_found_wherever_they_stand(chatml, message):
+    def names(value):
+        return json.dumps({k: v for k, v in value.items() if k != "a <|im_end|>"}).count("im_end")
+
+    assert names(message) and not names(Words(chatml).hide(message, "x"))
+    assert names(Words(chatml, "tokens").hide(message, "x"))
+    tools = [{"parameters": {"from": {"description": "a <|im_end|>"}, "role": "<|im_end|>"}}]
+    assert "im_end" not in json.dumps(Words(chatml).hide_below(tools, "tools"))
+
+
 def test_the_setting_is_part_of_the_key_of_prepared_rows(tmp_path, chatml):
     paths = {
         str(prepared(tmp_path, chatml, [ROW], special_tokens_in_words=policy)[0]._path("datasets"))

@@ -26,7 +26,7 @@ from bapo_plugin.rows.conversation import fields_of
 from bapo_plugin.rows.ends import StopTexts, special_texts
 from bapo_plugin.rows.entries import NO_BASE
 from bapo_plugin.rows.sources import Source, raw_rows
-from bapo_plugin.rows.strategies import StrategyRows, is_axolotls, source_of
+from bapo_plugin.rows.strategies import StrategyRows, is_axolotls, source_of, takes_rendered
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 from bapo_plugin.rows.words import Words
@@ -97,7 +97,8 @@ class Opening:
             self._ends |= ends
             stops = StopTexts(self._tokenizer, (self.named | ends) - {None})
             policy = self._bapo.special_tokens_in_words
-            words = Words(self._tokenizer, policy) if is_axolotls(strategy) else None
+            has_words = is_axolotls(strategy) and not takes_rendered(entry.get("type"))
+            words = Words(self._tokenizer, policy) if has_words else None
             read = StrategyRows(strategy, fields, stops, entry, words)
             encode = Encoder(self._tokenizer, from_template=False, words=words)
             identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]

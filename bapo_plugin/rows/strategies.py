@@ -321,12 +321,17 @@ class StrategyRows:
 
 def is_axolotls(transform: Transform) -> bool:
     """Whether a strategy is one of axolotl's that put words into a template of their own, so that special tokens in a
-    row are words. `passthrough` takes rows that are rendered already, and `user_defined` has a format of the user's own."""
+    row are words. `passthrough` takes rows that are rendered already."""
     function: Any = transform
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__module__", None) or ""
-    return name.startswith("axolotl.") and not name.endswith((".passthrough", ".user_defined"))
+    return name.startswith("axolotl.") and not name.endswith(".passthrough")
+
+
+def takes_rendered(kind: Any) -> bool:
+    """Whether a `type:` of the user's own has a format that adds nothing to a prompt: then rows are rendered already."""
+    return isinstance(kind, Mapping) and kind.get("prompt_format") in (None, "", "{prompt}")
 
 
 def source_of(transform: Transform) -> list[tuple[str, str]]:

@@ -92,6 +92,8 @@ def test_a_format_of_the_users_own_says_itself_too(tmp_path, chatml):
     kind = {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
     _, table = prepared(tmp_path, chatml, rows, kind)
     assert table[0]["prompt_ids"] == chatml(prompt)["input_ids"], table[0]["problem"]
+    _, table = prepared(tmp_path, chatml, rows, kind | {"prompt_format": "Q: {prompt}"})
+    assert 2 not in table[0]["prompt_ids"], "words in a format are text"
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ def test_a_server_that_does_not_answer(folder):
     ).anchors.server
     engine = ServerEngine(make_tokenizer(), server, Sampling(), "model", [2])
     with pytest.raises(ServerError) as error:
-        list(engine.generate([Request("k", "a", (5,), 2)], lambda n: None))
+        ids = tuple(make_tokenizer()("a")["input_ids"])
+        list(engine.generate([Request("k", "a", ids, 2)], lambda n: None))
     assert SECRET not in str(error.value) and "https://127.0.0.1:9/v1/completions" in str(
         error.value
     )

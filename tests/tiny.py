@@ -114,8 +114,8 @@ def save_model(path: Path, family: str = "llama", style: str = "chatml", **overr
     return path
 
 
-def make_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """Preference rows of plain text: prompt, chosen, rejected, base, of various lengths."""
+def make_rows(n: int, seed: int = 0, base: str = "base") -> list[dict[str, str]]:
+    """Preference rows of plain text: prompt, chosen, rejected, base (the column's name may be another), of various lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(low: int, high: int) -> str:
@@ -124,7 +124,7 @@ def make_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
         return " ".join(WORDS[i] for i in picks)
 
     return [
-        {"prompt": text(3, 12), "chosen": text(2, 9), "rejected": text(2, 9), "base": text(2, 9)}
+        {"prompt": text(3, 12), "chosen": text(2, 9), "rejected": text(2, 9), base: text(2, 9)}
         for _ in range(n)
     ]
 

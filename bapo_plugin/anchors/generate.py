@@ -118,12 +118,16 @@ def _run(plan: Plan, engine: Engine, store: Store, tokenizer: Any, summary: Summ
         summary.cut += sum(answer.cut for answer in answers)
         bar.update(len(answers))
 
+    def left(batch: slice) -> tuple[dict[str, int], dict[str, int]]:
+        """Of the prompts of a batch most tokens, and of those that have no answer yet their places, by key."""
+        limits = requests.limits_by_key(batch)
+        return limits, {key: i for i, key in enumerate(limits, batch.start) if not done[i]}
+
     with bar, store.keep_claims_alive():
         while batches:
             waiting = []
             for batch in batches:
-                limits = requests.limits_by_key(batch)
-                todo = {key: i for i, key in enumerate(limits, batch.start) if not done[i]}
+                limits, todo = left(batch)
                 mine = store.claim(todo)
                 try:
                     # another process may have answered some before they were claimed
@@ -138,8 +142,7 @@ def _run(plan: Plan, engine: Engine, store: Store, tokenizer: Any, summary: Summ
                     waiting.append(batch)
             # the rest is another process's; if that ends without an answer, it becomes ours
             for batch in waiting:
-                limits = requests.limits_by_key(batch)
-                todo = {key: i for i, key in enumerate(limits, batch.start) if not done[i]}
+                limits, todo = left(batch)
                 others = usable(store, {key: limits[key] for key in todo})
                 ready(others.values())
                 done[[todo[key] for key in others]] = True

@@ -121,9 +121,8 @@ def held_out_answers(rows: Dataset, tokenizer: Any, count: int | None) -> list[F
     """
     has_open = "open_tokens" in rows.column_names
     columns = ["prompt_ids", "base_ids", *(["open_tokens"] if has_open else [])]
-    first: dict[
-        int, int
-    ] = {}  # of each distinct prompt the row, since rows may be many and are read again
+    # of each distinct prompt the row, since rows may be many and are read again
+    first: dict[int, int] = {}
     index = 0
     for part in rows.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(part[name] for name in columns), strict=True):

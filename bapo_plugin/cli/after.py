@@ -189,11 +189,11 @@ def chat(
     """
     must_exist(*targets)
     stay_offline(targets)
-    with errors_in_a_line():
-        with others_to_stderr(as_json) as out:  # axolotl's log takes stdout when it is imported
-            from bapo_plugin.commands.chat import chat
+    # axolotl's log takes stdout when it is imported
+    with errors_in_a_line(), others_to_stderr(as_json) as out:
+        from bapo_plugin.commands.chat import chat
 
-            chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
+        chat(targets, prompts or (), max_new_tokens, load_in_4bit, out if as_json else None)
 
 
 @app.command(rich_help_panel="After training")

@@ -39,7 +39,7 @@ def no_model(monkeypatch):
 
 
 def rows_of(n):
-    return [{("mine" if k == "base" else k): v for k, v in row.items()} for row in make_rows(n)]
+    return make_rows(n, base="mine")
 
 
 def entry(path, **changes):

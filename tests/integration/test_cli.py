@@ -19,8 +19,7 @@ from tiny import make_rows, save_model, write_jsonl
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     save_model(folder / "model", "qwen2")
-    rows = [{("mine" if k == "base" else k): v for k, v in row.items()} for row in make_rows(16)]
-    write_jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "rows.jsonl", make_rows(16, base="mine"))
     return folder
 
 

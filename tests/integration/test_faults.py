@@ -272,8 +272,8 @@ def test_a_full_disk_that_a_library_meets_is_the_last_word():
     assert "a disk is full: no space left on device. Free space (" in of_the_disk(full)
     named = OSError(errno.EROFS, os.strerror(errno.EROFS), "/somewhere/cache")
     assert "/somewhere/cache can't be written: read-only file system. Make" in of_the_disk(named)
-    secret = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/rows.jsonl")
-    assert "/root/rows.jsonl can't be opened: permission denied" in of_the_disk(secret)
+    secret = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/rows.jsonl")
+    assert "/data/rows.jsonl can't be opened: permission denied" in of_the_disk(secret)
     for other in (OSError(errno.ENOENT, "", "x"), ValueError("x"), OSError("no number")):
         assert of_the_disk(other) is None
     code = (

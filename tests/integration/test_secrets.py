@@ -36,8 +36,7 @@ PLANTED = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("secrets")
     save_model(folder / "model", "llama")
-    rows = [{("mine" if k == "base" else k): v for k, v in row.items()} for row in make_rows(8)]
-    write_jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "rows.jsonl", make_rows(8, base="mine"))
     return folder
 
 

@@ -5,12 +5,19 @@
 Rows are random tokens in UltraFeedback's shape (prompt 200, responses 250 tokens), so that nothing has to be rendered; one
 process does each stage. Prints and writes to benchmarks/results/many-rows-cpu.csv, for each stage: microseconds of the CPU a
 row, and by how much the process's own memory (without pages of mapped files) is higher at its peak than before the stage.
+
+    python benchmarks/many_rows.py --store 1000000
+
+Instead: seconds that a store of so many entries of 1 kB takes to open and to give one of them, each in a new process, and
+to be read as a whole (`bapo anchors --verify`). Writes nothing.
 """
 
 import argparse
 import csv
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -146,12 +153,44 @@ def measure(count: int, model: Path, folder: Path) -> list[dict]:
     return lines
 
 
+def measure_store(count: int, path: Path) -> None:
+    with Store(path) as store:
+        for start in range(0, count, PART):
+            keys = range(start, min(start + PART, count))
+            store.put("answer", {f"{key:032x}": os.urandom(1000) for key in keys})
+    print(f"{count} entries, {path.stat().st_size >> 20} MB")
+    code = """if True:
+        import sys, time
+        from bapo_plugin.store import Store
+        start = time.perf_counter()
+        with Store(sys.argv[1]) as store:
+            found = store.get("answer", [f"{int(sys.argv[2]) // 2:032x}"])
+        assert len(found) == 1
+        print(f"opened, one entry read: {time.perf_counter() - start:.4f} s")
+    """
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code, str(path), str(count)], check=True)
+    with Store(path) as store:
+        start = time.perf_counter()
+        assert store.verify() == count
+        print(f"verified: {time.perf_counter() - start:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
+    parser.add_argument("--model", type=Path, help="folder with a tokenizer")
+    parser.add_argument(
+        "--store", type=int, metavar="ENTRIES", help="measure a store of so many entries"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 60_000])
     parser.add_argument("--output", type=Path, default=HERE / "results/many-rows-cpu.csv")
     args = parser.parse_args()
+    if args.store:
+        with tempfile.TemporaryDirectory() as name:
+            measure_store(args.store, Path(name) / "store.sqlite")
+        return
+    if not args.model:
+        parser.error("--model is missing")
     disable_progress_bars()
     lines = []
     for count in args.rows:

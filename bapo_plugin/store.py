@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from bapo_plugin.files import writing
+from bapo_plugin.machines import Machine
 from bapo_plugin.trust import refuse_strangers
 
 _SCHEMA = """
@@ -51,7 +52,8 @@ class Store:
 
     Raises:
         StoreDamaged: the file is not a store, or not a sound one; it was set aside.
-        ValueError: the file was written by a newer version, or may be another user's work.
+        ValueError: the file was written by a newer version, may be another user's work, or is in use by a machine whose locks
+            aren't seen here.
     """
 
     def __init__(self, path: str | Path, content: str = "entries"):
@@ -66,6 +68,14 @@ class Store:
         refuse_strangers(self.path, self.path.with_name(f"{self.path.name}-journal"))
         self._owner = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
         self._file = self._inode()
+        self._machine = Machine(self.path, content)
+        try:
+            self._open()
+        except BaseException:
+            self._machine.close()
+            raise
+
+    def _open(self) -> None:
         with self._damage_is_fatal():
             self._db = _connect(self.path)
             self._file = self._inode()
@@ -194,6 +204,7 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+        self._machine.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -236,6 +247,7 @@ class Store:
 
     @contextmanager
     def _damage_is_fatal(self):
+        self._machine.check()
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, disk full, no permission: not damage

@@ -14,6 +14,7 @@ FLOORS = [
         "loss",
         "files",
         "store",
+        "machines",
         "compat",
         "last_word",
         "blocks",

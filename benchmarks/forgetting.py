@@ -94,6 +94,7 @@ METHODS: dict[str, dict] = {
     "BAPO auto 0.02": {"anchor_weight": "auto", "drift_limit": 0.02},
     "BAPO hinge 0.03 + keep 0.1": {"anchor_level": "response", "anchor_weight": 0.03, "keep": 0.1},
     "BAPO token hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
+    "BAPO token hinge 0.05 + keep 0.1": {"anchor_weight": 0.05, "keep": 0.1},
     "BAPO kl 0.1 + keep 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1, "keep": 0.1},
 }  # fmt: skip
 DEFAULT = "BAPO token hinge 0.05"

@@ -27,12 +27,8 @@ setup(
         "bapo_plugin": ["py.typed"],
         "bapo_kernels": ["py.typed"],
         "bapo_plugin.report": ["template.html"],
-        "bapo_plugin.evaluation": [
-            "data/*.jsonl",
-            "tasks/*.yaml",
-            "tasks/*.py",
-            "local_tasks/*.yaml",
-        ],
+        "bapo_plugin.answers": ["data/*"],
+        "bapo_plugin.evaluation": ["tasks/*.yaml", "tasks/*.py", "local_tasks/*.yaml"],
     },
     package_dir={"bapo_kernels": "kernels/bapo_kernels"},
     # torch and triton come with axolotl, which pins what it was tested with

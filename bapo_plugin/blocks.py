@@ -14,6 +14,9 @@ from pydantic import (
 
 # special tokens inside words, see `rows.words`
 WordsPolicy = Literal["text", "refuse", "tokens"]
+# prompts that come with the package, see `answers.prompts`: to hold (`bapo.keep`), and to measure on
+GENERAL, UNRELATED = "general", "unrelated"
+_FILES = (".txt", ".jsonl")
 
 
 def can_be_path(name: str) -> bool:
@@ -179,9 +182,9 @@ class RetentionConfig(Block):
 
     prompts: int | str = Field(
         json_schema_extra={
-            "description": "Prompts to watch. A number: so many held-out rows, with their base responses. A file: "
-            ".txt with a prompt on each line, or .jsonl with a column `prompt`; the reference model answers them "
-            "before training."
+            "description": "Prompts to watch. A number: so many held-out rows, with their base responses. unrelated: the 48 "
+            "that `bapo eval` asks. A file: .txt with a prompt on each line, or .jsonl with a column `prompt`. Before training "
+            "the reference model answers all but held-out rows."
         }
     )
     every: int | None = Field(
@@ -202,17 +205,19 @@ class RetentionConfig(Block):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        json_schema_extra={"description": "With a file: most tokens of an answer."},
+        json_schema_extra={"description": "Most tokens of an answer, but of held-out rows."},
     )
 
     @field_validator("prompts", mode="before")
     @classmethod
     def _number_or_file(cls, value):
         if isinstance(value, bool) or not isinstance(value, int | str) or value in (0, ""):
-            raise ValueError("must be a number of held-out rows, or a .txt or .jsonl file")
-        if isinstance(value, str) and not value.endswith((".txt", ".jsonl")):
             raise ValueError(
-                "must be a number of held-out rows, without quotes, or the name of a .txt or .jsonl file"
+                f"must be a number of held-out rows, {UNRELATED}, or a .txt or .jsonl file"
+            )
+        if isinstance(value, str) and value != UNRELATED and not value.endswith(_FILES):
+            raise ValueError(
+                f"must be a number of held-out rows, without quotes, {UNRELATED}, or the name of a .txt or .jsonl file"
             )
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1")
@@ -224,8 +229,9 @@ class KeepConfig(Block):
 
     prompts: str = Field(
         json_schema_extra={
-            "description": "File: .txt with a prompt on each line, or .jsonl with a column `prompt`. The reference model "
-            "answers them before training, as it does for rows (`bapo.anchors`)."
+            "description": "general: 100 prompts of many kinds that come with the plugin. Or a file: .txt with a prompt on each "
+            "line, or .jsonl with a column `prompt`. The reference model answers them before training, as it does for rows "
+            "(`bapo.anchors`)."
         },
     )
     weight: float = Field(
@@ -248,6 +254,10 @@ class KeepConfig(Block):
     @field_validator("prompts", mode="before")
     @classmethod
     def _file(cls, value):
-        if not isinstance(value, str) or not value.endswith((".txt", ".jsonl")):
-            raise ValueError("must be the name of a .txt or .jsonl file")
+        if value == UNRELATED:
+            raise ValueError(
+                f"those are what forgetting is measured on; take {GENERAL}, or the name of a .txt or .jsonl file"
+            )
+        if not isinstance(value, str) or (value != GENERAL and not value.endswith(_FILES)):
+            raise ValueError(f"must be {GENERAL}, or the name of a .txt or .jsonl file")
         return value

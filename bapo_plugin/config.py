@@ -35,7 +35,7 @@ TOKEN_WEIGHT, RESPONSE_WEIGHT = 0.05, 0.1  # default λ
 # nats a token: a former answer becomes 5% less likely with each of its tokens
 DRIFT_LIMIT = 0.05
 _EXAMPLES = {
-    "keep": "keep: {prompts: keep.txt}",
+    "keep": "keep: {prompts: general}",
     "retention": "retention: {prompts: 32, every: 50}",
     "anchors": "anchors: {max_new_tokens: 512}",
 }

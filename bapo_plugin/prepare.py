@@ -50,10 +50,20 @@ def check_watched_file(bapo: BAPOConfig) -> None:
         ValueError: there are some, or a file can't be used.
     """
     watched = bapo.retention.prompts if bapo.retention else None
-    if bapo.keep and isinstance(watched, str):
-        known = list(map(_words, read_prompts(bapo.keep.prompts, "bapo.keep.prompts")))
-        chats = read_prompts(watched, "bapo.retention.prompts")
-        _refuse_watched(bapo, sum(_words(chat) in known for chat in chats))
+    if isinstance(watched, str):
+        _refuse_watched(bapo, kept_of(bapo, read_prompts(watched, "bapo.retention.prompts")))
+
+
+def kept_of(bapo: BAPOConfig, chats: list[Chat]) -> int:
+    """How many of these prompts `bapo.keep` holds, whatever white space is around their words.
+
+    Raises:
+        ValueError: the file of `bapo.keep` can't be used.
+    """
+    if not bapo.keep:
+        return 0
+    known = list(map(_words, read_prompts(bapo.keep.prompts, "bapo.keep.prompts")))
+    return sum(_words(chat) in known for chat in chats)
 
 
 def check_kept(

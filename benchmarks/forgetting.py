@@ -53,7 +53,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
 
 from bapo_plugin import BAPOConfig, BAPOTrainer
-from bapo_plugin.answers.prompts import Asker, FormerAnswer
+from bapo_plugin.answers.prompts import Asker, FormerAnswer, read_prompts
 from bapo_plugin.scoring.collator import SharedPrefixCollator, split_by_tokens
 from bapo_plugin.scoring.forward import ResponseForward, response_logits
 from bapo_plugin.scoring.reference import COLUMN, TOKENS_COLUMN, reference_mode
@@ -70,7 +70,8 @@ BETA = 0.1
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # name -> settings of the trainer. "on": whose likelihood the anchor holds; on the chosen response it makes the
 # known remedies: NLL on chosen (TRL's rpo_alpha: 1, mean over tokens) and DPOP (Pal et al. 2024, λ = 5). "keep": weight of
-# `bapo.keep`, 4 of its prompts a step; they are not among those that are measured. "scale": the adapter is
+# `bapo.keep`, 4 of its prompts a step; they are not among those that are measured, but of their kind, or ("general") the
+# 100 that come with the plugin. "scale": the adapter is
 # measured as θ_0 + scale · Δ (WiSE-FT, Wortsman et al. 2022), as `bapo eval --scale` does
 METHODS: dict[str, dict] = {
     "DPO": {"anchor_weight": 0},
@@ -94,7 +95,8 @@ METHODS: dict[str, dict] = {
     "BAPO auto 0.02": {"anchor_weight": "auto", "drift_limit": 0.02},
     "BAPO hinge 0.03 + keep 0.1": {"anchor_level": "response", "anchor_weight": 0.03, "keep": 0.1},
     "BAPO token hinge 0.03 + keep 0.1": {"anchor_weight": 0.03, "keep": 0.1},
-    "BAPO token hinge 0.05 + keep 0.1": {"anchor_weight": 0.05, "keep": 0.1},
+    "BAPO token hinge 0.03 + general 0.1": {"anchor_weight": 0.03, "keep": 0.1, "kept": "general"},
+    "BAPO token hinge 0.05 + general 0.1": {"anchor_weight": 0.05, "keep": 0.1, "kept": "general"},
     "BAPO kl 0.1 + keep 0.1": {"anchor_loss": "kl", "anchor_weight": 0.1, "keep": 0.1},
 }  # fmt: skip
 DEFAULT = "BAPO token hinge 0.05"
@@ -112,8 +114,17 @@ class Bench:
         self.forward = ResponseForward(log=lambda text: None, base_tokens=True)
         prompts = unrelated_prompts()
         self.unrelated = self.answers(prompts[: args.unrelated], "Unrelated prompts")
-        self.kept = self.answers(prompts[args.unrelated :][: args.kept], "Prompts to keep")
+        self._kept: dict[str, list[FormerAnswer]] = {}
+        self._to_keep = {
+            "unrelated": prompts[args.unrelated :][: args.kept],
+            "general": [chat[0]["content"] for chat in read_prompts("general")],
+        }
         self._reference_logits: dict[int, torch.Tensor] = {}
+
+    def kept(self, name: str) -> list[FormerAnswer]:
+        if name not in self._kept:
+            self._kept[name] = self.answers(self._to_keep[name], f"Prompts to keep ({name})")
+        return self._kept[name]
 
     def answers(self, prompts: Sequence[str], name: str) -> list[FormerAnswer]:
         with tqdm(total=len(prompts), desc=f"Former answers: {name}", unit="prompt") as bar:
@@ -241,11 +252,11 @@ def run(bench: Bench, method: str, seed: int, train: list[dict], held_out: list[
     args = bench.args
     settings = dict(METHODS[method])
     beta, on = settings.pop("beta", BETA), settings.pop("on", "base")
-    kept = None
+    kept, name = None, settings.pop("kept", "unrelated")
     if "keep" in settings:
-        settings["keep"] = {"prompts": "unrelated.txt", "weight": settings["keep"], "per_step": 4}
+        settings["keep"] = {"prompts": "general", "weight": settings["keep"], "per_step": 4}
         kept = Dataset.from_list(
-            [{"prompt_ids": a.prompt_ids, "base_ids": a.answer_ids} for a in bench.kept]
+            [{"prompt_ids": a.prompt_ids, "base_ids": a.answer_ids} for a in bench.kept(name)]
         )
     if on == "chosen":
         train = [

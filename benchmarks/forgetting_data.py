@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from bapo_plugin.evaluation.run import PROBE
+from bapo_plugin.answers.prompts import read_prompts
 
 DATA = Path(__file__).parent / "data"
 # persona -> (file, column of chosen, column of rejected). Those of dsp.jsonl need --data
@@ -66,7 +66,7 @@ def _first_words(text: str, words: int) -> str:
 
 def unrelated_prompts() -> list[str]:
     """Those that `bapo eval` asks by itself."""
-    return [row["prompt"] for row in read_jsonl(PROBE)]
+    return [chat[0]["content"] for chat in read_prompts("unrelated")]
 
 
 def probe() -> list[Question]:

@@ -11,13 +11,16 @@ from datasets import Dataset
 from bapo_plugin.answers.engine import Request, in_batches
 from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
-from bapo_plugin.blocks import WordsPolicy
+from bapo_plugin.blocks import GENERAL, UNRELATED, WordsPolicy
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.table import digest
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 
 Chat = list[dict[str, str]]
+_DATA = Path(__file__).parent / "data"
+#: prompts that come with the package, by name: to hold and to measure on, so that none is in both
+PACKAGED = {GENERAL: _DATA / "general.txt", UNRELATED: _DATA / "unrelated.jsonl"}
 
 
 class FormerAnswer(NamedTuple):
@@ -152,14 +155,14 @@ def read_prompts(path: str | Path, key: str = "prompts") -> list[Chat]:
     """Prompts of a file, as chats.
 
     Args:
-        path: .txt with a prompt on each line, or .jsonl whose rows have `prompt`: a string or a list of
-            messages. UTF-8, with or without a byte order mark; lines end at line feeds and nowhere else.
+        path: a name in `PACKAGED`; or .txt with a prompt on each line, or .jsonl whose rows have `prompt`: a string or a list
+            of messages. UTF-8, with or without a byte order mark; lines end at line feeds and nowhere else.
         key: what named the file, for messages.
 
     Raises:
         ValueError: the file isn't there, is of another kind, has a row that can't be used, or no prompt.
     """
-    path = Path(path)
+    path = PACKAGED.get(str(path), Path(path))
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{key}: {path} must be .txt (one a line) or .jsonl (rows with `prompt`)")
     if not path.is_file():

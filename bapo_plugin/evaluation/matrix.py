@@ -13,10 +13,11 @@ from rich.table import Table
 
 from bapo_plugin import __version__
 from bapo_plugin.answers.prompts import read_prompts
+from bapo_plugin.blocks import UNRELATED
 from bapo_plugin.compat import only_reading
 from bapo_plugin.evaluation.output import markdown_table, write_result
 from bapo_plugin.evaluation.pairs import pair_margins
-from bapo_plugin.evaluation.run import PROBE, asked_before, measure_retention
+from bapo_plugin.evaluation.run import asked_before, measure_retention
 from bapo_plugin.evaluation.subject import Subject, load_run
 from bapo_plugin.models import WHOLE
 from bapo_plugin.prepare import prepare_rows
@@ -45,7 +46,7 @@ def measure_personas(configs: Mapping[str, Path], folders: Sequence[Path]) -> di
     # the names of a subject are those of folders
     subject.adapters = dict(zip(configs, subject.adapters.values(), strict=True))
     pairs = {name: _held_out(name, path, subject.tokenizer) for name, path in configs.items()}
-    answers = asked_before(subject, read_prompts(PROBE), _MAX_NEW_TOKENS)
+    answers = asked_before(subject, read_prompts(UNRELATED), _MAX_NEW_TOKENS)
     return {
         "format": 1,
         "model": subject.model.config.name_or_path,

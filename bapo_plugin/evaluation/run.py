@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 from bapo_plugin import __version__
 from bapo_plugin.answers.prompts import Chat, FormerAnswer, held_out_answers, read_prompts
 from bapo_plugin.answers.transformers import autocast
-from bapo_plugin.config import is_active
+from bapo_plugin.blocks import UNRELATED
+from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.evaluation.harness import find_tasks, run_tasks
 from bapo_plugin.evaluation.output import ELSEWHERE, print_table, write
 from bapo_plugin.evaluation.pairs import COLUMNS, pair_margins
 from bapo_plugin.evaluation.recorded import digest, recorded_answers, recorded_pairs
 from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 from bapo_plugin.files import must_be_writable
-from bapo_plugin.prepare import prepare_rows
+from bapo_plugin.prepare import kept_of, prepare_rows
 from bapo_plugin.runs import weights_digest
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
@@ -30,7 +31,6 @@ LOG = get_logger("axolotl." + __name__)
 
 _SAMPLES = 8
 #: prompts of many kinds that have nothing to do with anybody's taste
-PROBE = Path(__file__).parent / "data/unrelated.jsonl"
 
 
 def evaluate(
@@ -63,7 +63,7 @@ def evaluate(
         chat: ask the tasks' questions through the chat template.
         load_in_4bit: of a model that is loaded without a YAML; None: as its run recorded it.
         output: folder for the results. Default: the folder of each adapter.
-        probe: ask the prompts of `PROBE` too. Default: where neither prompts nor tasks are named.
+        probe: ask the unrelated prompts too. Default: where neither prompts nor tasks are named.
         pairs: rank held-out pairs of the YAML. Default: where its held-out rows are read.
 
     Returns:
@@ -99,7 +99,10 @@ def evaluate(
     if probe and not is_asked and not subject.tokenizer.chat_template and answers:
         LOG.warning("The tokenizer has no chat template: unrelated prompts are not asked")
         probe = False
-    probed = asked_before(subject, read_prompts(PROBE), max_new_tokens) if probe else []
+    unrelated = read_prompts(UNRELATED) if probe else []
+    for name, asked in ((prompts, chats or []), ("the unrelated prompts", unrelated)):
+        _warn_of_kept(subject, name, asked)
+    probed = asked_before(subject, unrelated, max_new_tokens) if probe else []
 
     found: dict[str, Any] = {
         "format": 1,
@@ -145,6 +148,17 @@ def evaluate(
         found["tasks"] = run_tasks(subject, manager, names, limit, batch_size, chat)
     print_table(found)  # it is there, whatever becomes of the files
     return [path for place in places for path in write(found, place)]
+
+
+def _warn_of_kept(subject: Subject, name: str | None, chats: list[Chat]) -> None:
+    if subject.cfg is None or not is_active(subject.cfg):
+        return
+    bapo = parse_block(dict(subject.cfg.bapo))
+    if count := kept_of(bapo, chats):
+        LOG.warning(
+            f"Training has held the former answers to {count} of {len(chats)} of {name} (bapo.keep.prompts: {bapo.keep.prompts}), so "
+            "that less is seen there of what was forgotten"
+        )
 
 
 def _held_out_rows(subject: Subject, required: bool) -> Dataset | None:

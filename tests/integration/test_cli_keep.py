@@ -1,6 +1,8 @@
 """`bapo.keep` and `anchor_weight: auto` through axolotl's commands."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from axolotl.cli.config import load_cfg
@@ -8,6 +10,7 @@ from helpers import axolotl, write_config
 from tiny import make_rows, save_model, write_jsonl
 
 from bapo_plugin.answers.prompts import read_prompts
+from bapo_plugin.evaluation.run import _warn_of_kept
 from bapo_plugin.prepare import load_datasets
 
 
@@ -73,6 +76,36 @@ def test_prompts_that_are_watched_are_refused(folder):
     retention = {"prompts": str(folder / "chat.jsonl"), "every": 1}
     with pytest.raises(ValueError, match=r"1 prompts of bapo.keep.prompts: .*keep.txt are among"):
         prepared(config(folder, {"retention": retention}))
+
+
+def test_prompts_that_come_with_the_plugin(folder):
+    """100 to hold and 48 to measure on; none is in both, nor nearly."""
+    held, watched = (
+        [set(re.findall(r"\w+", chat[0]["content"].lower())) for chat in read_prompts(name)]
+        for name in ("general", "unrelated")
+    )
+    assert (len(held), len(watched)) == (100, 48) and len(set(map(frozenset, held))) == 100
+    assert max(len(a & b) / len(a | b) for a in held for b in watched) < 0.65
+    path = config(
+        folder, {"keep": {"prompts": "general"}, "retention": {"prompts": "unrelated", "every": 50}}
+    )
+    _, kept = prepared(path)
+    assert len(kept) == 100 and kept[0]["prompt"].startswith(
+        "<|im_start|>user\nWhat is 34 minus 19?<|im_end|>"
+    )
+
+
+def test_eval_says_that_what_it_asks_was_held(folder, caplog):
+    (folder / "both.txt").write_text("what is a star\nWhat is 17 plus 26?\n")
+    cfg = load_cfg(str(config(folder, {"keep": {"prompts": str(folder / "both.txt")}})))
+    chats = read_prompts("unrelated")
+    _warn_of_kept(SimpleNamespace(cfg=cfg), "the unrelated prompts", chats)
+    assert (
+        "the former answers to 1 of 48 of the unrelated prompts (bapo.keep.prompts: " in caplog.text
+    )
+    caplog.clear()
+    _warn_of_kept(SimpleNamespace(cfg=cfg), "other.txt", chats[1:])
+    assert not caplog.text
 
 
 def test_a_watched_prompt_with_other_white_space_is_the_same(folder):

@@ -110,7 +110,7 @@ def test_the_demo_asks_what_training_does_not(demo):
     config = yaml.safe_load(demo.CONFIG.read_text("utf-8"))
     rows = Path(config["datasets"][0]["path"]).read_text("utf-8").splitlines()
     trained = {json.loads(row)["prompt"] for row in rows}
-    asked = [chat[-1]["content"] for chat in read_prompts(demo.UNRELATED)]
+    asked = [chat[-1]["content"] for chat in read_prompts("unrelated")]
     assert len(asked) >= 12 and trained.isdisjoint([*asked, demo.TASTE])
 
 

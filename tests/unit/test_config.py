@@ -49,7 +49,18 @@ def test_every_field_is_described():
         ({"drift_limit": 0.1}, r"bapo: drift_limit: 0.1 has no effect.*anchor_weight: auto"),
         ({"anchor_weight": "auto", "drift_limit": 0}, r"bapo\.drift_limit: .*greater than 0"),
         ({"anchor_weight": "auto", "anchor_loss": "nll"}, r"bapo: .*doesn't measure"),
-        ({"keep": {"prompts": "a.csv"}}, r"bapo\.keep\.prompts: must be the name.*, got 'a.csv'"),
+        (
+            {"keep": {"prompts": "a.csv"}},
+            r"bapo\.keep\.prompts: must be general, or the name.*, got 'a.csv'",
+        ),
+        (
+            {"keep": {"prompts": "unrelated"}},
+            r"bapo\.keep\.prompts: those are .* measured on; take general",
+        ),
+        (
+            {"retention": {"prompts": "general"}},
+            r"bapo\.retention\.prompts: must be .*, unrelated, or the name",
+        ),
         ({"keep": "a.txt"}, r"bapo\.keep: must be a block of settings, such as\n  keep: {prompts"),
         ({"keep": {"prompts": "a.txt", "wieght": 1}}, r"bapo\.keep\.wieght: .*did you mean weight"),
         ({"anchor_weight": "much"}, r"bapo\.anchor_weight: .*got 'much'"),

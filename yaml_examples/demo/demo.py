@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path("yaml_examples/smollm2-qlora-cpu.yml")
 DPO_CONFIG = Path("outputs/smollm2-dpo.yml")
 DPO_OUTPUT = "outputs/smollm2-dpo"
-UNRELATED = Path("bapo_plugin/evaluation/data/unrelated.jsonl")  # that `bapo eval` asks by itself
 MAX_NEW_TOKENS = 40  # of an answer that is measured or shown
 TASTE = "How do I make a good cup of tea?"  # like the data, and not in it
 BIN = Path(sys.executable).parent  # the commands of this environment
@@ -104,7 +103,7 @@ def compare(config: dict[str, Any], outputs: dict[str, Path], own_prompts: Seque
 
     print("Asking the model before training ...", flush=True)
     with subject.before():
-        unrelated = subject.asker().ask(read_prompts(UNRELATED), MAX_NEW_TOKENS)
+        unrelated = subject.asker().ask(read_prompts("unrelated"), MAX_NEW_TOKENS)
     _, rows = prepare_rows(subject.cfg, subject.tokenizer)
     held_out = held_out_answers(rows, subject.tokenizer, None)
     print("Measuring what each run has kept ...", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bapo_plugin.answers.prompts import Asker, FormerAnswer, read_prompts
 from bapo_plugin.answers.transformers import autocast
-from bapo_plugin.evaluation.run import PROBE
+from bapo_plugin.blocks import UNRELATED
 from bapo_plugin.scoring.collator import pad_sequences
 from bapo_plugin.scoring.forward import response_logits
 
@@ -44,7 +44,7 @@ class Kept:
 
 def former_answers(model: Any, tokenizer: Any) -> list[FormerAnswer]:
     """Greedy answers of the model in its present state to `PROMPTS` of the probe, at most `TOKENS` tokens each."""
-    chats = read_prompts(PROBE)
+    chats = read_prompts(UNRELATED)
     chats = [chats[i * len(chats) // PROMPTS] for i in range(PROMPTS)]
     asker = Asker(model, tokenizer)
     if tokenizer.chat_template:

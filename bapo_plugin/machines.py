@@ -9,15 +9,20 @@ Some show an old state for a while of what another machine has written; SQLite w
 a sign also has the length of the file, and whoever comes from another machine waits until that is what is seen.
 """
 
+import hashlib
 import os
+import re
 import socket
+import tempfile
 import threading
 import time
-from contextlib import suppress
+import weakref
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from filelock import FileLock, Timeout
 
 try:
     import fcntl
@@ -31,10 +36,19 @@ _WATCH = (
 )
 _STALE = 90.0  # seconds to wait for the state that another machine has left
 _LENGTH = 200  # bytes of a sign, always, so that its own length is never old
-_open: dict[
-    tuple[int, Path], "_Sign"
-] = {}  # by process: a lock is a process's, not a file handle's
-_opening = threading.Lock()
+_open: dict[Path, "_Sign"] = {}  # one a process: closing one handle of a file ends all its locks
+_opening = threading.RLock()  # a Store that nobody closed may be collected at any moment
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's locks."""
+    global _opening
+    _opening = threading.RLock()
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class OtherMachine(ValueError):
@@ -56,33 +70,44 @@ class Machine:
 
     def __init__(self, path: Path, content: str):
         self._sign: _Sign | None = None
+        path = path.resolve()
         if not fcntl or _on_a_local_disk(path.parent):
             return
-        self._key = (os.getpid(), path.with_name(f"{path.name}-machine"))
+        key = path.with_name(f"{path.name}-machine")
         with _opening:
-            if self._key not in _open:
-                _open[self._key] = _Sign(self._key[1], path, content)
-            self._sign = _open[self._key]
+            if key not in _open:
+                _open[key] = _Sign(key, path, content)
+            self._sign = _open[key]
             self._sign.users += 1
+        self._leave = weakref.finalize(self, _leave, self._sign, os.getpid())
+
+    @property
+    def taken(self) -> bool:
+        """Whether another machine has taken the file for its own since, because this one gave no sign of life for some time."""
+        return bool(self._sign and self._sign.taken_by)
 
     def check(self) -> None:
-        """Look whether another machine has taken the file for its own since.
+        """Look whether it is `taken`.
 
         Raises:
-            OtherMachine: it has, because this one gave no sign of life for some time.
+            OtherMachine: it is.
         """
         if self._sign and self._sign.taken_by:
             raise self._sign.refusal(self._sign.taken_by)
 
     def close(self) -> None:
-        with _opening:
-            sign, self._sign = self._sign, None
-            if not sign or self._key[0] != os.getpid():
-                return
-            sign.users -= 1
-            if not sign.users:
-                del _open[self._key]
-                sign.end()
+        if self._sign:
+            self._leave()
+
+
+def _leave(sign: "_Sign", process: int) -> None:
+    if process != os.getpid():
+        return
+    with _opening:
+        sign.users -= 1
+        if not sign.users:
+            _open.pop(sign.path, None)
+            sign.end()
 
 
 class _Said(NamedTuple):
@@ -100,18 +125,39 @@ class _Sign:
     def __init__(self, path: Path, file: Path, content: str):
         self.path, self.file, self.content = path, file, content
         self.users, self.taken_by = 0, ""
+        self._machine = _this_machine(path.parent)
         self._handle: int | None = None
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
         try:
-            self._begin()
-        except OSError:  # the file itself can't be written or locked either, which is said there
-            self._drop()
+            with (
+                self._alone(),
+                suppress(OSError),
+            ):  # an OSError meets the file itself too, and is said there
+                self._begin()
+            if self._handle is not None:
+                self._thread.start()
         except BaseException:
             self._drop()
             raise
-        if self._handle is not None:
-            self._thread = threading.Thread(target=self._live, daemon=True)
-            self._thread.start()
+
+    @contextmanager
+    def _alone(self):
+        """One process of this machine at a time decides: the locks of others would seem to be another machine's."""
+        name = hashlib.blake2b(str(self.path).encode("utf-8", "surrogateescape"), digest_size=8)
+        folder = Path(tempfile.gettempdir())
+        lock = FileLock(
+            folder / f"bapo-{os.getuid()}-{name.hexdigest()}.lock", 2 * (_WATCH + _STALE)
+        )
+        try:
+            lock.acquire()
+        except (OSError, Timeout):
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
 
     def refusal(self, host: str) -> OtherMachine:
         return OtherMachine(
@@ -122,41 +168,50 @@ class _Sign:
         )
 
     def _begin(self) -> None:
-        for _ in range(50):
+        end = time.monotonic() + _WATCH + 2 * _STALE
+        while time.monotonic() < end:
             try:
-                handle, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+                handle, new = self._opened(os.O_CREAT | os.O_EXCL), True
             except FileExistsError:
                 try:
-                    handle, new = os.open(self.path, os.O_RDWR), False
+                    handle, new = self._opened(), False
                 except FileNotFoundError:  # it was taken away in this moment
                     time.sleep(0.1)
                     continue
             try:
                 said = _read(handle)
-                if new or said.machine == _this_machine():
-                    self._join(handle)
-                    return
+                if new or said.machine == self._machine:
+                    if self._join(handle, new):
+                        return
+                    continue
                 if not _locked(handle, fcntl.LOCK_EX):
                     return  # the other machine's lock is seen here, so locks hold
-                if said.when == "ended":
-                    self._take_over(handle, said)
-                    continue
             finally:
                 if self._handle is None:
                     os.close(handle)
-            self._watch(said)
+            if said.when == "ended" or self._watch(said):
+                self._take_over(said)
 
-    def _join(self, handle: int) -> None:
-        """Share the lock with this machine's other processes."""
-        for _ in range(100):  # another machine may be trying it
-            if _locked(handle, fcntl.LOCK_SH):
-                break
+    def _join(self, handle: int, new: bool) -> bool:
+        """Share the lock with this machine's other processes; whether the sign is still this machine's."""
+        end = time.monotonic() + _STALE
+        while not _locked(handle, fcntl.LOCK_SH):  # another machine tries it, or a process ends
+            if time.monotonic() > end:
+                return False
             time.sleep(0.02)
-        self._write(handle)
+        if not new and _read(handle).machine != self._machine:
+            return False
+        try:
+            self._write(handle)
+        except OSError:
+            if new:  # else it would seem to be another machine's
+                self.path.unlink(missing_ok=True)
+            raise
         self._handle = handle
+        return True
 
-    def _watch(self, first: _Said) -> None:
-        """Its lock is free: is the machine gone, or are locks worth nothing?
+    def _watch(self, first: _Said) -> bool:
+        """Its lock is free: is the machine gone, or are locks worth nothing? True where it is gone.
 
         Raises:
             OtherMachine: it is still there.
@@ -167,53 +222,68 @@ class _Sign:
         end = time.monotonic() + _WATCH
         while time.monotonic() < end:
             time.sleep(_BEAT / 10)
-            with suppress(FileNotFoundError):
-                handle = os.open(self.path, os.O_RDWR)
-                try:
-                    said = _read(handle)
-                    if said == first:
-                        continue
+            try:
+                handle = self._opened()
+            except FileNotFoundError:
+                return False
+            try:
+                said = _read(handle)
+                if said == first:
+                    continue
+                if said.machine != self._machine and said.when != "ended":
                     # whoever writes it has locked it before
-                    if said.machine == _this_machine() or said.when == "ended":
-                        return
                     if _locked(handle, fcntl.LOCK_EX):
                         raise self.refusal(said.host)
-                finally:
-                    os.close(handle)
-            return
-        with suppress(FileNotFoundError):
-            handle = os.open(self.path, os.O_RDWR)
-            try:
-                if _locked(handle, fcntl.LOCK_EX) and _read(handle) == first:
-                    self._take_over(handle, first)
+                return False
             finally:
                 os.close(handle)
+        return True
 
-    def _take_over(self, handle: int, said: _Said) -> None:
-        """Wait until what the other machine has left is seen here, and say that it is this machine's now.
+    def _take_over(self, said: _Said) -> None:
+        """Wait until what the other machine has left is seen here, and say that it is this machine's now; or leave it, where the
+        other one is at it again.
 
         Raises:
-            OtherMachine: it isn't.
+            OtherMachine: an old state is seen.
         """
         end, told = time.monotonic() + _STALE, False
-        while self.file.exists() and self.file.stat().st_size < said.size:
+        while True:
+            try:
+                handle = self._opened()
+            except FileNotFoundError:
+                return
+            try:
+                if _read(handle) != said or not _locked(handle, fcntl.LOCK_EX):
+                    return
+                size = self._size()
+                if size is None or size >= said.size:
+                    self._write(handle, said.size)
+                    break
+            finally:
+                os.close(handle)
             if time.monotonic() > end:
                 raise OtherMachine(
-                    f"the store of {self.content} {self.file} has {self.file.stat().st_size} bytes here, and had {said.size} when the "
-                    f"machine {said.host} last used it: its folder shows an old state. Start again in some minutes; or, if the file "
-                    f"was replaced on purpose, delete {self.path}"
+                    f"the store of {self.content} {self.file} has {size} bytes here, and had {said.size} when the machine {said.host} "
+                    "last used it: its folder shows an old state. Start again in some minutes; or, if the file was replaced on "
+                    f"purpose, delete {self.path}"
                 )
             if not told:
                 told = True
                 _tell(f"{self.file} isn't seen yet as {said.host} has left it. Waiting")
-            time.sleep(0.5)
-        self._write(handle, said.size)
+            time.sleep(_BEAT / 10)
         time.sleep(_BEAT / 5)  # another may have done the same in this moment; the last one has it
 
+    def _opened(self, flags: int = 0) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+
+    def _size(self) -> int | None:
+        with suppress(FileNotFoundError):
+            return self.file.stat().st_size
+        return None
+
     def _write(self, handle: int, size: int | None = None, when: str = "") -> None:
-        if size is None:
-            size = self.file.stat().st_size if self.file.exists() else 0
-        text = f"{_this_machine()} {socket.gethostname()[:80]} {when or time.time_ns()} {size}\n"
+        size = size or self._size() or 0
+        text = f"{self._machine} {_plain(socket.gethostname())} {when or time.time_ns()} {size}\n"
         os.pwrite(handle, text.rjust(_LENGTH).encode(), 0)
         os.fsync(handle)
 
@@ -221,7 +291,7 @@ class _Sign:
         while not self._stop.wait(_BEAT):
             with suppress(OSError):
                 said = _read(self._handle)
-                if said.machine not in ("", _this_machine()):
+                if said.machine not in ("", self._machine):
                     # where its lock is seen here, locks hold, and there is nothing to watch
                     if _locked(self._handle, fcntl.LOCK_EX):
                         self.taken_by = said.host
@@ -236,7 +306,7 @@ class _Sign:
         with suppress(OSError):
             # no other process of this machine has it, and it is still this machine's
             last = _locked(self._handle, fcntl.LOCK_EX)
-            if last and _read(self._handle).machine == _this_machine():
+            if last and _read(self._handle).machine == self._machine:
                 self._write(self._handle, when="ended")
         self._drop()
 
@@ -255,17 +325,30 @@ def _on_a_local_disk(folder: Path) -> bool:
     return kind in _LOCAL
 
 
-def _this_machine() -> str:
-    """The same for all processes between which the kernel keeps locks, containers included."""
+def _this_machine(folder: Path) -> str:
+    """The same for all processes between which locks hold anyway and that share a folder of temporary files.
+
+    Two mounts of a network folder on one machine, as containers have them, may have locks of their own.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return socket.gethostname()
+        name = socket.gethostname()
+    temporary = os.stat(tempfile.gettempdir())
+    parts = (name, folder.stat().st_dev, temporary.st_dev, temporary.st_ino)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _plain(name: str) -> str:
+    """A name as one word of a sign."""
+    return re.sub(r"[^\x21-\x7e]", "_", name)[:60] or "unknown"
 
 
 def _read(handle: int) -> _Said:
-    parts = os.pread(handle, _LENGTH, 0).decode(errors="replace").split()
-    return _Said(*parts[:3], int(parts[3])) if len(parts) == 4 and parts[3].isdigit() else _Said()
+    parts = os.pread(handle, _LENGTH, 0).decode("ascii", errors="replace").split()
+    if len(parts) != 4 or not parts[3].isdecimal():
+        return _Said()
+    return _Said(*parts[:3], int(parts[3]))
 
 
 def _locked(handle: int, kind: int) -> bool:

@@ -172,6 +172,8 @@ class Store:
 
     def release(self, keys: Iterable[str]) -> None:
         """Give claims back without a result. Where that can't be written they end with the process."""
+        if self._machine.taken:
+            return
         try:
             with self._transaction():
                 self._release(keys)
@@ -184,7 +186,7 @@ class Store:
         stop = threading.Event()
 
         def renew() -> None:
-            while not stop.wait(_LEASE / 4):
+            while not stop.wait(_LEASE / 4) and not self._machine.taken:
                 try:
                     with closing(_connect(self.path)) as db:
                         db.execute(
@@ -262,6 +264,7 @@ class Store:
 
     def _set_aside(self, error: Exception) -> None:
         """Keep the damaged file under another name, copy what is sound in it, and stop."""
+        self._machine.check()
         damaged = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
         if hasattr(self, "_db"):
             self._db.close()

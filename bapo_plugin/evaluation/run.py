@@ -151,10 +151,15 @@ def evaluate(
 
 
 def _warn_of_kept(subject: Subject, name: str | None, chats: list[Chat]) -> None:
-    if subject.cfg is None or not is_active(subject.cfg):
+    if not chats or subject.cfg is None or not is_active(subject.cfg):
         return
     bapo = parse_block(dict(subject.cfg.bapo))
-    if count := kept_of(bapo, chats):
+    try:
+        count = kept_of(bapo, chats)
+    except ValueError as error:  # nothing is asked of that file here
+        LOG.warning(f"Whether prompts were held in training isn't known: {error}")
+        return
+    if count:
         LOG.warning(
             f"Training has held the former answers to {count} of {len(chats)} of {name} (bapo.keep.prompts: {bapo.keep.prompts}), so "
             "that less is seen there of what was forgotten"

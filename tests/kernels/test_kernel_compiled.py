@@ -22,8 +22,8 @@ ARCHITECTURES = [
 ]
 # registers a thread: an SM has 65,536
 MOST = {"slab": 64, "kl": 128}
-# bytes a thread: Blackwell's assembler lacks six registers of 64 in the widest slab, with triton 3.8 in bf16, with 3.9 in fp32
-SPILLED = {(100, "slab", "plain, 32768"): 24}
+# bytes a thread: Blackwell's assembler lacks up to eight registers of 64 in the widest slab (triton 3.8: bf16 16, fp32 32; 3.9: fp32 24)
+SPILLED = {(100, "slab", "plain, 32768"): 32}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

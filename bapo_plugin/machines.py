@@ -90,7 +90,7 @@ class Machine:
         Raises:
             OtherMachine: it is.
         """
-        if self._sign and self._sign.taken_by:
+        if self.taken:
             raise self._sign.refusal(self._sign.taken_by)
 
     def close(self) -> None:
@@ -311,16 +311,15 @@ class _Sign:
 
 
 def _on_a_local_disk(folder: Path) -> bool:
-    place, kind = folder.resolve(), ""
-    found = -1
+    """Of a folder whose path holds no links."""
     try:
         mounts = psutil.disk_partitions(all=True)
     except OSError:  # not known: as if there were no other machine
         return True
-    for mount in mounts:  # the last one that fits best is on top
-        if place.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= found:
-            found, kind = len(mount.mountpoint), mount.fstype
-    return kind in _LOCAL
+    around = [mount for mount in mounts if folder.is_relative_to(mount.mountpoint)]
+    # of two in one place the last is on top
+    inner = max(reversed(around), key=lambda mount: len(mount.mountpoint), default=None)
+    return inner is not None and inner.fstype in _LOCAL
 
 
 def _this_machine(folder: Path) -> str:

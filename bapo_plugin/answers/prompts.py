@@ -19,7 +19,7 @@ from bapo_plugin.rows.tokens import Encoder
 
 Chat = list[dict[str, str]]
 _DATA = Path(__file__).parent / "data"
-#: prompts that come with the package, by name: to hold and to measure on, so that none is in both
+#: prompts of many kinds that have nothing to do with anybody's taste, by name: to hold and to measure on, none in both
 PACKAGED = {GENERAL: _DATA / "general.txt", UNRELATED: _DATA / "unrelated.jsonl"}
 
 

@@ -30,7 +30,6 @@ from bapo_plugin.scoring.retention import Retention, measure
 LOG = get_logger("axolotl." + __name__)
 
 _SAMPLES = 8
-#: prompts of many kinds that have nothing to do with anybody's taste
 
 
 def evaluate(

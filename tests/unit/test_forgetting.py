@@ -26,16 +26,23 @@ def curve(*points):
     return [dict(zip(("step", "accuracy", "margin", "drift"), p, strict=True)) for p in points]
 
 
-def test_drift_at_a_level_is_where_the_curve_first_reaches_it(forgetting):
+@pytest.fixture
+def results(forgetting):
+    import forgetting_results
+
+    return forgetting_results
+
+
+def test_drift_at_a_level_is_where_the_curve_first_reaches_it(results):
     points = curve((0, 0.5, 0, 0), (6, 0.8, 10, -2), (12, 0.7, 20, -10), (18, 0.9, 30, -20))
-    assert forgetting.at_level(points, "margin", 15) == pytest.approx(-6)
-    assert forgetting.at_level(points, "margin", 30) == pytest.approx(-20)
-    assert forgetting.at_level(points, "accuracy", 0.65) == pytest.approx(-1)
-    assert forgetting.at_level(points, "accuracy", 0.8) == pytest.approx(-2)
-    assert forgetting.at_level(points, "margin", 31) is None
+    assert results.at_level(points, "margin", 15) == pytest.approx(-6)
+    assert results.at_level(points, "margin", 30) == pytest.approx(-20)
+    assert results.at_level(points, "accuracy", 0.65) == pytest.approx(-1)
+    assert results.at_level(points, "accuracy", 0.8) == pytest.approx(-2)
+    assert results.at_level(points, "margin", 31) is None
 
 
-def test_runs_are_matched_with_dpo_of_the_same_persona_and_seed(forgetting):
+def test_runs_are_matched_with_dpo_of_the_same_persona_and_seed(results):
     def row(method, persona, seed, *points):
         return {"method": method, "persona": persona, "seed": seed, "curve": curve(*points)}
 
@@ -46,14 +53,14 @@ def test_runs_are_matched_with_dpo_of_the_same_persona_and_seed(forgetting):
         row("BAPO hinge 0.03", "a", 0, start, (6, 0.75, 10, -1)),
         row("BAPO hinge 0.03", "b", 0, start, (6, 0.75, 10, -1)),
     ]
-    forgetting.add_matched(rows)
+    results.add_matched(rows)
     matched = rows[2]["matched"]["margin"]
     assert matched == {"level": 10, "drift": -1, "dpo_drift": -5}
     assert rows[2]["matched"]["accuracy"] == {"level": 0.75, "drift": -1, "dpo_drift": -5}
-    assert forgetting.kept(rows[2], "margin") == pytest.approx(0.8)
-    assert rows[3]["matched"] == {} and forgetting.kept(rows[3], "margin") is None
-    assert forgetting.kept({"matched": {"margin": {"drift": 3, "dpo_drift": -5}}}, "margin") == 1
-    assert forgetting.kept({"matched": {"margin": {"drift": 3, "dpo_drift": 5}}}, "margin") is None
+    assert results.kept(rows[2], "margin") == pytest.approx(0.8)
+    assert rows[3]["matched"] == {} and results.kept(rows[3], "margin") is None
+    assert results.kept({"matched": {"margin": {"drift": 3, "dpo_drift": -5}}}, "margin") == 1
+    assert results.kept({"matched": {"margin": {"drift": 3, "dpo_drift": 5}}}, "margin") is None
 
 
 def test_every_row_gets_its_own_scores(forgetting):

@@ -200,7 +200,9 @@ class Rehearsal:
         kept = self._settings.bapo.keep
         if kept is not None and made:
             each = -(-kept.per_step // self._settings.gradient_accumulation_steps)
-            made += [{"prompt_ids": made[0]["prompt_ids"], "base_ids": made[0]["base_ids"]}] * each
+            # as long as the longest row, but for what no former answer can have
+            answer = made[0]["base_ids"][: self._settings.bapo.anchors.max_new_tokens]
+            made += [{"prompt_ids": made[0]["prompt_ids"], "base_ids": answer}] * each
         collate = (
             PaddedCollator(0, anchored=held)
             if self.padded_because

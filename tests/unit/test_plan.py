@@ -302,8 +302,10 @@ def test_what_costs_memory_and_what_saves_it():
     assert step(prompt_tokens=100, response_tokens=28) < step(bapo=BAPOConfig(shared_prefix="off"))
     assert step(bapo=BAPOConfig(anchor_loss="kl")) > base
     assert step(precompute=False) >= base
-    kept = BAPOConfig(keep={"prompts": "x.txt", "per_step": 4})
-    assert step(bapo=kept) > base
+    keep = {"prompts": "x.txt", "per_step": 4}
+    kept = step(bapo=BAPOConfig(keep=keep))
+    short = step(bapo=BAPOConfig(keep=keep, anchors={"max_new_tokens": 16}))
+    assert kept > short > base
 
 
 def test_parts_without_an_adapter():

@@ -23,6 +23,7 @@ def main(folder: Path, pause: float) -> None:
 
     def slow(self, *args):
         calls.append(1)
+        print("BATCH", flush=True)
         time.sleep(pause)
         return compute(self, *args)
 

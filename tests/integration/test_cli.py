@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -214,11 +215,8 @@ def test_killed_and_resumed(folder):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    import time
-
-    for _ in range(600):
-        if (folder / "killed/checkpoint-2/trainer_state.json").exists():
-            break
+    while not (folder / "killed/checkpoint-2/trainer_state.json").exists():
+        assert process.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.1)
     process.kill()
     process.wait()

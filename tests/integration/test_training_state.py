@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bapo_plugin.scoring.collator import ROW, SharedPrefixCollator
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.reference import weights_key
 from bapo_plugin.scoring.shared_prefix import install, uninstall
+from bapo_plugin.training import metrics
 from bapo_plugin.training.checkpoints import whole_checkpoint
 from bapo_plugin.training.refusals import adapter_to_evaluate
 from bapo_plugin.training.retention import RetentionCallback
@@ -315,21 +317,43 @@ def test_a_row_of_ids_without_tokens_is_refused(tmp_path):
             bapo_trainer(tmp_path, rows=rows)
 
 
-def test_speed_is_that_of_training(tmp_path):
+@pytest.fixture
+def clock(monkeypatch):
+    """The trainer's, on which nothing takes time but a second in each of its micro-batches."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(metrics, "time", clock)
+    training_step = BAPOTrainer.training_step
+
+    def step(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        clock.now += 1
+        return loss
+
+    monkeypatch.setattr(BAPOTrainer, "training_step", step)
+    return clock
+
+
+def speeds(trainer):
+    return [entry["tokens/s"] for entry in trainer.state.log_history if "tokens/s" in entry]
+
+
+def test_speed_is_that_of_training(tmp_path, clock, monkeypatch):
     trainer = bapo_trainer(
         tmp_path, rows=make_rows(8), eval_rows=make_rows(4), eval_strategy="steps", eval_steps=1
+    )
+    counts, add = [], metrics.Throughput.add
+    monkeypatch.setattr(
+        metrics.Throughput, "add", lambda self, n: (counts.append(n[0].item()), add(self, n))
     )
     loop = BAPOTrainer.__mro__[1].evaluation_loop
 
     def slow(self, *args, **kwargs):
-        time.sleep(3)
+        clock.now += 1000
         return loop(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BAPOTrainer.__mro__[1], "evaluation_loop", slow)
-        trainer.train()
-    speeds = [e["tokens/s"] for e in trainer.state.log_history if "tokens/s" in e]
-    assert len(speeds) == 2 and speeds[1] > speeds[0] / 4
+    monkeypatch.setattr(BAPOTrainer.__mro__[1], "evaluation_loop", slow)
+    trainer.train()
+    assert len(counts) == 2 and speeds(trainer) == counts, "tokens of a step, in its one second"
 
 
 @pytest.mark.parametrize("shared", ["require", "off"])
@@ -393,16 +417,17 @@ def test_evaluation_takes_the_runs_own_adapter(tmp_path):
     assert adapter_to_evaluate(str(tmp_path), "start") == str(tmp_path)
 
 
-def test_an_evaluation_before_training_is_no_training_time(tmp_path):
+def test_an_evaluation_before_training_is_no_training_time(tmp_path, clock):
     trainer = bapo_trainer(
         tmp_path, rows=make_rows(8), eval_rows=make_rows(200), eval_on_start=True
     )
     trainer.evaluate()
+    alone = bapo_trainer(tmp_path, rows=make_rows(8))
+    alone.train()
     for _ in range(2):
+        clock.now += 1000
         trainer.train()
-        time.sleep(2)
-    speeds = [e["tokens/s"] for e in trainer.state.log_history if "tokens/s" in e]
-    assert min(speeds) > 0 and max(speeds) < 8 * min(speeds)
+        assert speeds(trainer) == speeds(alone) != []
 
 
 def test_row_numbers_of_others_do_not_count(tmp_path):

@@ -33,9 +33,20 @@ def in_a_child(work) -> int:
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(machines, "_BEAT", 0.05)
+    monkeypatch.setattr(machines, "_on_a_local_disk", lambda folder: False)
+
+
+@pytest.fixture
+def waits_a_second(monkeypatch):
+    """For what waits to the end. Elsewhere a slow machine of the tests has all the time that users have."""
     monkeypatch.setattr(machines, "_WATCH", 1.0)
     monkeypatch.setattr(machines, "_STALE", 1.0)
-    monkeypatch.setattr(machines, "_on_a_local_disk", lambda folder: False)
+
+
+@pytest.fixture
+def waits_for_nobody(monkeypatch):
+    watch = Mock(side_effect=AssertionError("a machine that is known to be gone is waited for"))
+    monkeypatch.setattr(machines._Sign, "_watch", watch)
 
 
 @pytest.fixture
@@ -101,16 +112,15 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(machines, "_locked", lambda handle, kind: True)
 
 
-def test_refused_while_another_machine_is_at_it(store_path, holder, monkeypatch):
+def test_refused_while_another_machine_is_at_it(store_path, holder, monkeypatch, request):
     no_locks(monkeypatch)
     with pytest.raises(OtherMachine, match="s.sqlite is in use by another machine, .*`shards_idx`"):
         Store(store_path)
     holder.end()
     assert said(store_path).when == "ended"
-    start = time.monotonic()
+    request.getfixturevalue("waits_for_nobody")
     with Store(store_path) as store:
         assert store.get("a", ["1"]) == {"1": b"theirs"}
-    assert time.monotonic() - start < 1.0, "a machine that has said it is gone was waited for"
     assert said(store_path)[::2] == (machines._this_machine(store_path.parent), "ended")
 
 
@@ -121,6 +131,7 @@ def test_shared_where_locks_hold(store_path, holder):
     assert said(store_path).machine == "other" and said(store_path).when != "ended"
 
 
+@pytest.mark.usefixtures("waits_a_second")
 @pytest.mark.parametrize("locks_hold", [True, False])
 def test_taken_over_from_a_machine_that_is_gone(store_path, holder, monkeypatch, locks_hold):
     if not locks_hold:
@@ -133,6 +144,7 @@ def test_taken_over_from_a_machine_that_is_gone(store_path, holder, monkeypatch,
         assert said(store_path).machine == machines._this_machine(store_path.parent)
 
 
+@pytest.mark.usefixtures("waits_for_nobody")
 def test_processes_of_one_machine_share(store_path, holder, monkeypatch):
     """The last one says that the machine is done, also after one that was killed."""
     monkeypatch.setattr(machines, "_this_machine", lambda folder: "other")
@@ -140,10 +152,8 @@ def test_processes_of_one_machine_share(store_path, holder, monkeypatch):
         assert store.get("a", ["1"]) == {"1": b"theirs"}
     assert said(store_path).when != "ended"
     holder.kill()
-    start = time.monotonic()
     with Store(store_path) as store:
         store.put("a", {"2": b"ours"})
-    assert time.monotonic() - start < 1.0
     assert said(store_path).when == "ended" and said(store_path).size == store_path.stat().st_size
 
 
@@ -151,7 +161,7 @@ def test_a_machine_that_slept_finds_the_store_taken(store_path):
     with Store(store_path) as store:
         store.put("a", {"1": b"x"})
         write_sign(store_path, "their-name", "1", 0)
-        for _ in range(100):
+        for _ in range(1500):
             time.sleep(0.02)
             if store._machine._sign.taken_by:
                 break
@@ -160,8 +170,9 @@ def test_a_machine_that_slept_finds_the_store_taken(store_path):
     assert said(store_path).machine == "other"
 
 
+@pytest.mark.usefixtures("waits_a_second")
 @pytest.mark.parametrize("when", ["ended", "1"])
-def test_an_old_state_is_not_taken_for_what_another_machine_left(store_path, when):
+def test_an_old_state_is_not_taken_for_what_another_machine_left(store_path, when, monkeypatch):
     """On sshfs a file has its old length for 20 s; SQLite would write a new store over one that seems empty."""
     with Store(store_path) as store:
         store.put("a", {"1": bytes(5000)})
@@ -174,6 +185,7 @@ def test_an_old_state_is_not_taken_for_what_another_machine_left(store_path, whe
     ):
         Store(store_path)
     assert store_path.read_bytes() == b""
+    monkeypatch.setattr(machines, "_STALE", 30.0)
     timer = threading.Timer(0.5, lambda: store_path.write_bytes(content))
     timer.start()
     with Store(store_path) as store:  # it waits
@@ -320,6 +332,7 @@ def test_any_name_of_a_machine(store_path, monkeypatch, name):
             assert sign(store_path).stat().st_size == 200
 
 
+@pytest.mark.usefixtures("waits_a_second")
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 200, b"other host 1 \xc2\xb2", b"words", b"x" * 5000]
 )
@@ -329,13 +342,13 @@ def test_a_sign_that_says_nothing(store_path, content):
         store.put("a", {"1": b"x"})
 
 
+@pytest.mark.usefixtures("waits_for_nobody")
 def test_a_new_sign_that_cannot_be_written_is_taken_away(store_path, monkeypatch):
     """Else everybody would wait to see whether its machine is there."""
     monkeypatch.setattr(os, "pwrite", Mock(side_effect=OSError(28, "No space left on device")))
     for _ in range(2):
-        start = time.monotonic()
         with Store(store_path):
-            assert time.monotonic() - start < 0.9 and not sign(store_path).exists()
+            assert not sign(store_path).exists()
 
 
 def test_a_child_begins_anew(store_path):
@@ -353,8 +366,10 @@ def test_a_child_begins_anew(store_path):
 def test_a_sign_shows_life(store_path):
     with Store(store_path):
         seen = set()
-        for _ in range(20):
+        for _ in range(1000):
             seen.add(said(store_path).when)
+            if len(seen) > 3:
+                break
             time.sleep(0.03)
     assert len(seen) > 3 and sign(store_path).stat().st_size == 200
 

@@ -49,10 +49,13 @@ def test_other_runs_are_left_alone(rl):
 
 
 def test_import_is_quick_quiet_and_pulls_in_nothing():
-    """Under 50 ms and no torch-heavy module beyond axolotl's own plugin base."""
+    """A hundredth of the time that axolotl's own imports take, however fast the machine is (0.3% measured), and no module but
+    ours and axolotl's."""
     code = """
-import sys, time, contextlib, io, logging
+import sys, time, contextlib, io, json, logging
+start = time.process_time()
 import axolotl.integrations.base, axolotl.utils.config  # what every axolotl command imports
+theirs = time.process_time() - start
 before = set(sys.modules)
 out = io.StringIO()
 handler = logging.StreamHandler(out); logging.getLogger().addHandler(handler)
@@ -62,24 +65,15 @@ with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     plugin = bapo_plugin.BAPOPlugin()
     plugin.register({"rl": "dpo"})
     from bapo_plugin.config import BAPOArgs, BAPOTrainingArgs  # what axolotl imports for its schema
-seconds = time.process_time() - start
+ours = time.process_time() - start
 new = {m.split(".")[0] for m in set(sys.modules) - before}
-print("RESULT", seconds, sorted(new - {"bapo_plugin"}), repr(out.getvalue()))
+print("RESULT", json.dumps([ours / theirs, sorted(new), out.getvalue()]))
 """
-    best = 1.0
-    for _ in range(3):  # of the processor, which others may slow down too: the quickest of three
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        line = next(li for li in done.stdout.splitlines() if li.startswith("RESULT"))
-        seconds, rest = line.removeprefix("RESULT ").split(" ", 1)
-        assert rest.endswith("''"), rest
-        for heavy in ("triton", "bapo_kernels", "trl"):
-            assert f"'{heavy}'" not in rest, rest
-        best = min(best, float(seconds))
-        if best < 0.05:
-            break
-    assert best < 0.05, f"{best:.3f} s"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = next(li for li in done.stdout.splitlines() if li.startswith("RESULT"))
+    share, new, said = json.loads(line.removeprefix("RESULT"))
+    assert said == "" and set(new) <= {"axolotl", "bapo_plugin"}
+    assert share < 0.01
 
 
 def test_dotted_names_normalise_to_one():

@@ -239,7 +239,7 @@ def test_white_space_that_is_a_token_is_text():
     out = prepared(
         tokenizer, rows_of(tokenizer, template, stops), row_of([user("why")], chosen=text)
     )
-    assert out["chosen"] == text + end and time.monotonic() - started < 2
+    assert out["chosen"] == text + end and time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("words", ["yes", "I", "continue"])

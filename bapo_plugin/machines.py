@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,25 +165,20 @@ class _Sign:
     def _begin(self) -> None:
         end = time.monotonic() + _WATCH + 2 * _STALE
         while time.monotonic() < end:
-            try:
-                handle, new = self._opened(os.O_CREAT | os.O_EXCL), True
-            except FileExistsError:
-                try:
-                    handle, new = self._opened(), False
-                except FileNotFoundError:  # it was taken away in this moment
+            with self._handled(os.O_CREAT | os.O_EXCL) as handle:
+                if handle is not None and self._join(handle, new=True):
+                    return
+            with self._handled() as handle:
+                if handle is None:  # it was taken away in this moment
                     time.sleep(0.1)
                     continue
-            try:
                 said = _read(handle)
-                if new or said.machine == self._machine:
-                    if self._join(handle, new):
+                if said.machine == self._machine:
+                    if self._join(handle, new=False):
                         return
                     continue
                 if not _locked(handle, fcntl.LOCK_EX):
                     return  # the other machine's lock is seen here, so locks hold
-            finally:
-                if self._handle is None:
-                    os.close(handle)
             if said.when == "ended" or self._watch(said):
                 self._take_over(said)
 
@@ -216,11 +212,9 @@ class _Sign:
         end = time.monotonic() + _WATCH
         while time.monotonic() < end:
             time.sleep(_BEAT / 10)
-            try:
-                handle = self._opened()
-            except FileNotFoundError:
-                return False
-            try:
+            with self._handled() as handle:
+                if handle is None:
+                    return False
                 said = _read(handle)
                 if said == first:
                     continue
@@ -229,8 +223,6 @@ class _Sign:
                     if _locked(handle, fcntl.LOCK_EX):
                         raise self.refusal(said.host)
                 return False
-            finally:
-                os.close(handle)
         return True
 
     def _take_over(self, said: _Said) -> None:
@@ -242,19 +234,13 @@ class _Sign:
         """
         end, told = time.monotonic() + _STALE, False
         while True:
-            try:
-                handle = self._opened()
-            except FileNotFoundError:
-                return
-            try:
-                if _read(handle) != said or not _locked(handle, fcntl.LOCK_EX):
+            with self._handled() as handle:
+                if handle is None or _read(handle) != said or not _locked(handle, fcntl.LOCK_EX):
                     return
                 size = self._size()
                 if size is None or size >= said.size:
                     self._write(handle, said.size)
                     break
-            finally:
-                os.close(handle)
             if time.monotonic() > end:
                 raise OtherMachine(
                     f"the store of {self.content} {self.file} has {size} bytes here, and had {said.size} when the machine {said.host} "
@@ -267,8 +253,18 @@ class _Sign:
             time.sleep(_BEAT / 10)
         time.sleep(_BEAT / 5)  # another may have done the same in this moment; the last one has it
 
-    def _opened(self, flags: int = 0) -> int:
-        return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+    @contextmanager
+    def _handled(self, flags: int = 0) -> Iterator[int | None]:
+        """A handle of the sign, closed afterwards but where this process keeps it; None where it isn't there, or, to be made
+        anew, where it is."""
+        handle = None
+        with suppress(FileExistsError, FileNotFoundError):
+            handle = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+        try:
+            yield handle
+        finally:
+            if handle not in (None, self._handle):
+                os.close(handle)
 
     def _size(self) -> int | None:
         with suppress(FileNotFoundError):

@@ -27,7 +27,7 @@ from bapo_plugin.trust import refuse_strangers
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL, PRIMARY KEY (kind, key)
-) WITHOUT ROWID;
+);
 CREATE TABLE IF NOT EXISTS claims (
     key TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL, renewed REAL NOT NULL
 ) WITHOUT ROWID;
@@ -253,7 +253,7 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:  # locked, disk full, no permission: not damage
-            if "malformed" not in str(error):
+            if not any(word in str(error) for word in ("malformed", "Could not decode")):
                 raise ValueError(
                     f"the store of {self.content} {self.path} can't be used: {error}. {_remedy(error)}. What was stored before is "
                     "kept"
@@ -328,34 +328,40 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _copy_sound(damaged: Path, new: Path) -> int:
     """Entries that match their checksum, to a new store; their number."""
     new.unlink(missing_ok=True)
-    sound = 0
     with closing(_connect(new)) as db:
         db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION}")
         db.execute("BEGIN")
         for row in _readable(damaged):
             if row[3] == _checksum(*row[:3]):
                 db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", row)
-                sound += 1
         db.execute("COMMIT")
-    return sound
+        return db.execute("SELECT count(*) FROM entries").fetchone()[0]
 
 
 def _readable(path: Path) -> Iterator[tuple]:
-    """Entries of a damaged file, as far as they can be read, from both ends."""
-    for order in ("ASC", "DESC"):
-        db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-        try:
-            rows = db.execute(
-                f"SELECT kind, key, value, checksum FROM entries ORDER BY kind {order}, key {order}"  # nosec B608 # ours
-            )
-            while row := rows.fetchone():
-                if all(isinstance(part, str) for part in row[:2]) and isinstance(row[2], bytes):
-                    yield row
-            return
-        except (sqlite3.Error, UnicodeDecodeError):
-            continue
-        finally:
-            db.close()
+    """Entries of a damaged file: from both ends up to the damage, and one by one what can be read between."""
+    first = last = 0
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+        for place, row in _rows(db, "ORDER BY rowid"):
+            yield row
+            first = place
+        for place, row in _rows(db, "ORDER BY rowid DESC"):
+            if place <= first:
+                break
+            yield row
+            last = place
+        # of those of this size; a place may be damaged too
+        for number in range(first + 1, min(last, first + path.stat().st_size // 32)):
+            for _, row in _rows(db, f"WHERE rowid = {number}"):
+                yield row
+
+
+def _rows(db: sqlite3.Connection, which: str) -> Iterator[tuple[int, tuple]]:
+    """Places in the file and entries, up to the first that can't be read."""
+    with suppress(sqlite3.Error, UnicodeDecodeError):
+        for place, *row in db.execute(f"SELECT rowid, * FROM entries {which}"):  # nosec B608 # ours
+            if all(isinstance(part, str) for part in row[:2]) and isinstance(row[2], bytes):
+                yield place, tuple(row)
 
 
 def _checksum(kind: str, key: str, value: bytes) -> bytes:

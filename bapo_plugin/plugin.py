@@ -65,6 +65,9 @@ class BAPOPlugin(BasePlugin):
         }
         if isinstance(cfg.get("dpo_loss_type"), str):
             cfg["dpo_loss_type"] = [cfg["dpo_loss_type"]]
+        if cfg.get("seed") is None:
+            # what axolotl means to set; without one it shuffles rows, and so splits them, otherwise each time
+            cfg["seed"] = 42
         cfg["bapo"] = bapo
         cfg["rl"] = "dpo"
         cfg["trainer_cls"] = TRAINER_CLS

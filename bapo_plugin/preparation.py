@@ -45,7 +45,7 @@ from bapo_plugin.trust import refuse_strangers
 LOG = get_logger("axolotl." + __name__)
 
 # what prepared rows mean; rows of another format are not read
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("datasets", "test_datasets")
 _LIGHT = 2000  # rows that are worth a process where a row takes little
 KEEP = "keep"  # prompts of `bapo.keep`, prepared beside them

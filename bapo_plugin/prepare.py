@@ -92,7 +92,8 @@ def prepare_rows(
     """Tokenised rows of `datasets:` and of `test_datasets:` or the `val_set_size` share.
 
     Columns: prompt, chosen, rejected, base (text), prompt_ids, chosen_ids, rejected_ids, base_ids (list of int),
-    open_tokens (how many tokens of base_ids the model was asked with: templates may begin the answer).
+    open_tokens (how many tokens of base_ids the model was asked with: templates may begin the answer), asked (64 bits of all that
+    it was asked with).
 
     Args:
         cfg: axolotl's validated configuration.

@@ -77,6 +77,7 @@ def table(folder: Path, count: int) -> Dataset:
         columns |= {"row_hash": [f"{start + i:032x}" for i in range(PART)]}
         columns |= {"prompt_ids": ids(200), "chosen_ids": ids(250), "rejected_ids": ids(250)}
         columns |= {"base_ids": [[]] * PART, "open_ids": [[]] * PART, "lacks": [True] * PART}
+        columns |= {"asked": range(start, start + PART)}
         columns |= {"row": range(start + 1, start + PART + 1), "base_cut": [False] * PART}
         Dataset.from_dict(columns, features=FEATURES).save_to_disk(f"{folder}/{start}")
         parts.append(load_from_disk(f"{folder}/{start}"))

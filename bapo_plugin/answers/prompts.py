@@ -13,9 +13,8 @@ from bapo_plugin.answers.stops import all_stops, stops_of
 from bapo_plugin.answers.transformers import TransformersEngine
 from bapo_plugin.blocks import GENERAL, UNRELATED, WordsPolicy
 from bapo_plugin.rows.errors import RowError
-from bapo_plugin.rows.table import digest
 from bapo_plugin.rows.template import ChatTemplate
-from bapo_plugin.rows.tokens import Encoder
+from bapo_plugin.rows.tokens import Encoder, digest
 
 Chat = list[dict[str, str]]
 _DATA = Path(__file__).parent / "data"

@@ -3,7 +3,6 @@
 Tables may have millions of rows: they are read batch by batch, and at most some bytes of a row are held.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -92,7 +91,7 @@ def lengths(rows: Dataset, *columns: str) -> np.ndarray:
 
 def overlap(train: Dataset, held_out: Dataset) -> int:
     """How many held-out rows have a prompt that is in training too."""
-    return int(np.isin(_prompts(held_out), _prompts(train)).sum())
+    return int(np.isin(_asked(held_out), _asked(train)).sum())
 
 
 def kept_among(rows: Dataset, kept: Dataset) -> int:
@@ -100,11 +99,9 @@ def kept_among(rows: Dataset, kept: Dataset) -> int:
 
     Args:
         rows: prepared rows.
-        kept: prepared prompts of `bapo.keep`, whose `prompt_ids` are all that the model was asked with.
+        kept: prepared prompts of `bapo.keep`.
     """
-    known = _prompts(kept)
-    either = np.isin(_prompts(rows), known) | np.isin(_prompts(rows, opened=True), known)
-    return int(either.sum())
+    return int(np.isin(_asked(rows), _asked(kept)).sum())
 
 
 def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]:
@@ -122,7 +119,7 @@ def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]
         raise ValueError(
             f"val_set_size: {size} would hold out {count} of {len(rows)} rows; leave at least one on each side"
         )
-    prompts = _prompts(rows)
+    prompts = _asked(rows)
     values, inverse, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
     held = np.zeros(len(values), dtype=bool)
     total = 0
@@ -145,22 +142,12 @@ def split_by_prompt(rows: Dataset, size: int | float) -> tuple[Dataset, Dataset]
     return rows.select(np.flatnonzero(~side)), rows.select(np.flatnonzero(side))
 
 
-def digest(ids: Any) -> int:
-    """64 bits of token ids."""
-    raw = np.asarray(ids, dtype=np.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-
-
-def _prompts(rows: Dataset, opened: bool = False) -> np.ndarray:
-    """64 bits of each row's prompt, perhaps with the tokens of its base response that the model was asked with."""
-    columns = ["prompt_ids", *(["base_ids", "open_tokens"] if opened else [])]
-
-    def digests() -> Iterator[int]:
-        for part in rows.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-            for ids, *more in zip(*(part[name] for name in columns), strict=True):
-                yield digest(np.concatenate([ids, more[0][: more[1]]]) if opened else ids)
-
-    return np.fromiter(digests(), dtype=np.uint64, count=len(rows))
+def _asked(rows: Dataset) -> np.ndarray:
+    """64 bits of what the model is asked with in each row."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for part in rows.select_columns(["asked"]).with_format("arrow").iter(batch_size=10_000):
+        found.append(part["asked"].to_numpy())
+    return np.concatenate(found)
 
 
 def notices_of(rows: Dataset) -> dict[str, Said]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Features, Value
 from datasets import Sequence as SequenceOf
 
@@ -20,9 +21,11 @@ FEATURES = Features(
     {name: Value("string") for name in (*TEXTS, *_MARKS)}
     | {name: SequenceOf(Value("int32")) for name in (*IDS, "open_ids")}
     | {"row": Value("int64"), "base_cut": Value("bool"), "lacks": Value("bool")}
+    | {"asked": Value("int64")}
 )
-# columns of a row that is ready for training; open_tokens: how many tokens of base_ids the model was asked with
-READY = (*TEXTS, *IDS, "open_tokens")
+# columns of a row that is ready for training; open_tokens: how many tokens of base_ids the model was asked with;
+# asked: `digest` of all that it was asked with, since prompt_ids ends earlier where a response merges with it
+READY = (*TEXTS, *IDS, "open_tokens", "asked")
 LengthStrategy = Literal["drop", "truncate", "raise"]
 
 
@@ -129,10 +132,11 @@ def fit_length(
     """Apply the length policy to a row's token ids, looking at all three responses.
 
     Args:
-        row: with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids`.
+        row: with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids`, and perhaps `open_ids`, with which `base_ids` begins.
         sequence_len: most tokens of prompt + response.
         strategy: "truncate" cuts responses at their end; a row whose prompt leaves no room, or whose
-            chosen and rejected are the same once cut, can't be mended and is "long". "drop" and
+            chosen and rejected are the same once cut, or whose base response has no token of its own then, can't be mended and
+            is "long". "drop" and
             "raise" leave long rows to the caller.
 
     Returns:
@@ -146,7 +150,9 @@ def fit_length(
     if strategy != "truncate" or room <= 0:
         return ids, "long"
     cut = {**ids, **{key: ids[key][:room] for key in responses}}
-    return cut, "long" if cut["chosen_ids"] == cut["rejected_ids"] else "cut"
+    # of the base response nothing but what the model was asked with
+    empty = ids["base_ids"] and len(row.get("open_ids") or ()) >= room
+    return cut, "long" if empty or cut["chosen_ids"] == cut["rejected_ids"] else "cut"
 
 
 def prepare_batch(
@@ -167,7 +173,7 @@ def prepare_batch(
         sequence_len, strategy: see `fit_length`.
 
     Returns:
-        `FEATURES`: texts and ids; `open_ids`, what the model is asked with beyond `prompt_ids`; `row`, the row's number
+        `FEATURES`: texts and ids; `open_ids`, what the model is asked with beyond `prompt_ids`; `asked`, see `READY`; `row`, the row's number
         from 1; `lacks`, no base response (then `base_ids` is empty, `ask` is the text that asks for it, and `row_hash`
         names the row whatever its template is); `length`, "fits", "cut" or "long" ("" where a base
         response is still to come); `problem`, what makes the row unusable, and `notice`, what is odd in it, ""
@@ -176,7 +182,8 @@ def prepare_batch(
     names = list(batch)
     columns = [batch[name] for name in names]
     blank: dict[str, Any] = dict.fromkeys((*TEXTS, *_MARKS), "")
-    blank |= {key: [] for key in (*IDS, "open_ids")} | {"base_cut": False, "lacks": False}
+    blank |= {key: [] for key in (*IDS, "open_ids")}
+    blank |= {"base_cut": False, "lacks": False, "asked": 0}
     out = [blank | {"row": i + 1} for i in indices]
     rendered: list[RenderedRow | None] = []
     texts: list[str] = []
@@ -251,10 +258,17 @@ def _row_of(row: RenderedRow, ask: list[int], wholes: list[list[int]]) -> dict[s
         "base_ids": [] if row.base is None else rest[2],
         # a base response that goes on from what the model is asked with
         "open_ids": ask[len(prompt) :] if row.base is None or wholes[2][: len(ask)] == ask else [],
+        "asked": digest(ask),
         "words": row.words,
         "base_cut": row.base_cut,
         "lacks": row.base is None,
     }
+
+
+def digest(ids: Any) -> int:
+    """64 bits of token ids, as a number with a sign."""
+    raw = np.asarray(ids, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big", signed=True)
 
 
 def _hash_of(names: Sequence[str], values: Sequence[Any]) -> str:

@@ -38,6 +38,7 @@ def table(count, lacks=True, problem="", seed=0):
     columns |= {"prompt_ids": list(tokens[:, :30]), "open_ids": [[]] * count}
     columns |= {"chosen_ids": list(tokens[:, 30:70]), "rejected_ids": list(tokens[:, 70:])}
     columns |= {"base_ids": [[]] * count if lacks else list(tokens[:, :40])}
+    columns |= {"asked": numbers}
     columns |= {"row": range(1, count + 1), "base_cut": [False] * count, "lacks": [lacks] * count}
     return Dataset.from_dict(columns, features=FEATURES)
 

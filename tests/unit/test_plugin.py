@@ -28,6 +28,7 @@ def test_register_turns_bapo_into_a_dpo_run_with_our_trainer():
     BAPOPlugin().register(cfg)
     assert (cfg.rl, cfg.trainer_cls, cfg.dpo_loss_type) == ("dpo", TRAINER_CLS, ["hinge"])
     assert is_active(cfg)
+    assert cfg.seed == 42, "axolotl shuffles by none, and other rows would be held out each time"
     kept = cfg.bapo["entries"]
     assert [entry.get("field_base") for entry in kept["datasets"]] == ["mine", "own", None]
     assert [entry.get("field_base") for entry in kept["test_datasets"]] == ["held"]

@@ -1,12 +1,17 @@
 """Tokens, checks and the length policy of one row."""
 
 import pytest
+from datasets import Dataset
 from tiny import make_tokenizer
 
+from bapo_plugin.rows.chat import ChatRows
+from bapo_plugin.rows.conversation import Fields
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.table import finish, kept_among, overlap, split_by_prompt
+from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.texts import tokenize_row
-from bapo_plugin.rows.tokens import fit_length
+from bapo_plugin.rows.tokens import FEATURES, Encoder, fit_length, prepare_batch
 from bapo_plugin.scoring.collator import ROW as NUMBER
 from bapo_plugin.scoring.collator import (
     PaddedCollator,
@@ -147,6 +152,14 @@ def test_length_policy_looks_at_all_three(lengths, strategy, expected):
         assert max(len(row[k]) for k in row if k != "prompt_ids") == 10 - lengths[0]
 
 
+def test_a_cut_that_leaves_nothing_of_the_base_response_is_long():
+    """But what a template opened for the model."""
+    row = ids(4, 8, 8, 8) | {"open_ids": [1, 1]}
+    row["rejected_ids"] = [1, 2, *[1] * 6]
+    assert fit_length(row, 7, "truncate")[1] == "cut"
+    assert fit_length(row, 6, "truncate")[1] == "long"
+
+
 def test_a_cut_that_removes_the_difference_is_long():
     row = ids(4, 8, 8, 8)
     row["rejected_ids"] = [1] * 7 + [5]
@@ -194,3 +207,27 @@ def test_collator_docstring():
 
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+class Merging(Encoder):
+    """Two line feeds are one token, as for Qwen and Llama 3."""
+
+    def __call__(self, texts):
+        return [list(map(ord, text.replace("\n\n", "\0"))) for text in texts]
+
+
+def test_no_prompt_is_on_both_sides_where_a_response_merges_with_it():
+    prompts = [f"what is {i} in the sea" for i in range(6)] * 2
+    chosen = ["the sun"] * 6 + ["\nthe sun"] * 6
+    batch = {"messages": prompts, "chosen": chosen, "rejected": ["no"] * 12, "base": ["yes"] * 12}
+    tokenizer = make_tokenizer()
+    template = ChatTemplate(tokenizer, tokenizer.chat_template, [tokenizer.eos_token_id])
+    read = ChatRows(template, Fields(base="base"))
+    made = prepare_batch(batch, range(12), read, Merging(tokenizer, True), 500, "drop")
+    assert not any(made["problem"])
+    rows = finish(Dataset.from_dict(made, features=FEATURES), "rows", 500, "drop", "keep")
+    assert rows[0]["prompt_ids"] != rows[6]["prompt_ids"] and rows[0]["asked"] == rows[6]["asked"]
+    train, held_out = split_by_prompt(rows, 3)
+    assert overlap(train, held_out) == 0 and len(held_out) == 4
+    assert overlap(rows.select(range(6)), rows.select(range(6, 12))) == 6
+    assert kept_among(rows, rows.select([2])) == 2

@@ -9,8 +9,7 @@ from datasets import Dataset
 from bapo_plugin.answers.engine import shown
 from bapo_plugin.commands.check.facts import Lengths, Repeats
 from bapo_plugin.rows.columns import IDS
-from bapo_plugin.rows.table import digest
-from bapo_plugin.rows.tokens import fit_length
+from bapo_plugin.rows.tokens import digest, fit_length
 
 _BINS = 10
 
@@ -21,7 +20,7 @@ class Measured:
 
     Args:
         lengths: prompt, chosen, rejected and base, [n, 4] int64, tokens; base is 0 where it is to be made.
-        marks: of their tokens without the end of turn, [n, 4] uint64.
+        marks: of their tokens without the end of turn, [n, 4] int64.
         over: above sequence_len, [n] bool.
         mendable: of those, "truncate" would do, [n] bool.
         lacks: no base response yet, [n] bool.
@@ -85,7 +84,7 @@ def measure(rows: Dataset, sequence_len: int, most: int, stops: set[int]) -> Mea
     flags = [np.array(values, dtype=bool) for values in others[:-1]]
     return Measured(
         np.array(lengths, dtype=np.int64).reshape(-1, 4),
-        np.array(marks, dtype=np.uint64).reshape(-1, 4),
+        np.array(marks, dtype=np.int64).reshape(-1, 4),
         *flags,
         np.array(others[-1], dtype=np.int64),
     )

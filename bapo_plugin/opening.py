@@ -25,8 +25,10 @@ from bapo_plugin.rows.chat import ChatRows, Prompts
 from bapo_plugin.rows.conversation import fields_of
 from bapo_plugin.rows.ends import StopTexts, special_texts
 from bapo_plugin.rows.entries import NO_BASE
+from bapo_plugin.rows.errors import RowError
+from bapo_plugin.rows.origin import defined_by_axolotl, is_axolotls, source_of, takes_rendered
 from bapo_plugin.rows.sources import Source, raw_rows
-from bapo_plugin.rows.strategies import StrategyRows, is_axolotls, source_of, takes_rendered
+from bapo_plugin.rows.strategies import StrategyRows
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder
 from bapo_plugin.rows.words import Words
@@ -86,6 +88,7 @@ class Opening:
         )
         found = []
         identity: Any
+        own = False
         if self._kind(entry) is not None:
             template = self._template(entry, name)
             read = ChatRows(template, fields)
@@ -102,12 +105,15 @@ class Opening:
             read = StrategyRows(strategy, fields, stops, entry, words)
             encode = Encoder(self._tokenizer, from_template=False, words=words)
             identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]
+            own = not defined_by_axolotl(strategy)
         for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token):
             if named and base not in rows.column_names:
                 raise ValueError(
                     f"{name}: there is no column {base!r} with the base response (columns: "
                     f"{', '.join(rows.column_names)}); mend `field_base:`, or remove it to have base responses generated"
                 )
+            if own:
+                identity = [*identity, _examples(read, rows)]
             found.append(
                 Source(
                     part_name,
@@ -237,6 +243,23 @@ class Opening:
         """The token that ends a turn of the chat template, else the end of sequence."""
         ends = [template.end_id for template in self.templates.values()]
         return next(iter(ends), self._tokenizer.eos_token_id)
+
+
+def _examples(read: StrategyRows, rows: Dataset) -> list[str]:
+    """What some rows become, for a cache key: a strategy of the user's own may read any key of the YAML, or a file. Empty where
+    it makes something else of them each time."""
+
+    def texts() -> list[str]:
+        found = []
+        for place in sorted({i * (len(rows) - 1) // 7 for i in range(8)}):
+            try:
+                found.append(str(read(rows[place])))
+            except RowError as error:
+                found.append(str(error))
+        return found
+
+    first = texts()
+    return first if texts() == first else []
 
 
 def _kind_in_words(entry: Any) -> str:

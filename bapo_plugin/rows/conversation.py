@@ -129,6 +129,11 @@ def read_conversation(row: Mapping[str, Any], fields: Fields) -> Conversation:
             raise RowError(f"system is {kind_of(text)} (column {fields.system!r}); it must be text")
         if history[0]["role"] != "system":
             history = [{"role": "system", "content": text}, *history]
+        elif history[0]["content"].strip() != text.strip():
+            raise RowError(
+                f"the column {fields.system!r} holds a system message ({text.strip()[:60]!r}), and the messages begin with another "
+                f"one ({history[0]['content'].strip()[:60]!r}); leave one of the two, or remove `field_system:`"
+            )
     check_history(history)
     check_repeat(history[-1]["content"], chosen[-1]["content"], rejected[-1]["content"])
     return Conversation(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -76,21 +76,50 @@ def repeats(prompt: str, responses: Sequence[str]) -> str:
     return ""
 
 
-def check_system(row: Mapping[str, Any], prompt: str, used: str | None) -> None:
+def check_system(
+    row: Mapping[str, Any], arrives: Callable[[str], bool], used: str | None = None
+) -> None:
     """Refuse a column with a system message that the prompt lacks.
 
+    Args:
+        arrives: whether the prompt has these words, without white space around them, as its system message.
+        used: the column that the format takes.
+
     Raises:
-        RowError: the words of such a column aren't in the prompt's text.
+        RowError: those of another column don't.
     """
     for column, value in row.items():
         if "system" not in str(column).lower() or not isinstance(value, str) or not value.strip():
             continue
-        if column != used and value.strip() not in prompt:
+        if column != used and not arrives(value.strip()):
             raise RowError(
                 f"the column {column!r} holds a system message ({value.strip()[:60]!r}) that this `type:` leaves out; use it "
                 f"with `field_system: {column}` (for chat_template.*) or a `type:` that does, such as chatml.intel, or "
                 "remove the column"
             )
+
+
+def check_words_alone(parts: Mapping[str, Any], row: Mapping[str, Any], tools: str | None) -> None:
+    """Refuse what a format leaves out that writes the words of messages and nothing else.
+
+    Args:
+        parts: name -> a message, messages or text.
+        row: all columns.
+        tools: the column of the tools.
+
+    Raises:
+        RowError: a message has thoughts or calls a tool, or there are tools.
+    """
+    remedy = (
+        "which this `type:` leaves out; use chat_template.default or chat_template.argilla_chat"
+    )
+    for name, value in parts.items():
+        for message in value if isinstance(value, list) else [value]:
+            for key in ("tool_calls", *REASONING):
+                if isinstance(message, Mapping) and message.get(key):
+                    raise RowError(f"a message of {name} holds {key}, {remedy}")
+    if row.get(tools) and row[tools] not in ("[]", "null"):
+        raise RowError(f"the column {tools!r} holds tools, {remedy}, or remove the column")
 
 
 def odd_order(history: Sequence[Message]) -> str:
@@ -119,8 +148,12 @@ def check_head(name: str, head: list[Message], history: list[Message]) -> None:
         )
 
 
-def plain(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(m["role"], m["content"].strip()) for m in messages]
+def plain(messages: Sequence[Message]) -> list[tuple]:
+    """What makes histories the same: roles, words, and what tools are called with."""
+    return [
+        (m["role"], m["content"].strip(), [c["function"] for c in m.get("tool_calls") or ()])
+        for m in messages
+    ]
 
 
 def with_text_arguments(message: Message) -> Message:

@@ -9,13 +9,7 @@ rendered chosen response and nowhere else.
 """
 
 import copy
-import functools
-import inspect
-import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from bapo_plugin.rows.conversation import (
@@ -26,7 +20,13 @@ from bapo_plugin.rows.conversation import (
 )
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError, kind_of
-from bapo_plugin.rows.oddities import IDENTICAL, check_repeat, check_system, repeats
+from bapo_plugin.rows.oddities import (
+    IDENTICAL,
+    check_repeat,
+    check_system,
+    check_words_alone,
+    repeats,
+)
 from bapo_plugin.rows.template import RenderedRow, has_words, tokens_of
 from bapo_plugin.rows.words import Words
 
@@ -127,7 +127,7 @@ class StrategyRows:
         if texts["chosen"] == texts["rejected"]:
             raise RowError(IDENTICAL)
         words = _get(row, places["prompt"].slot) if places["prompt"] else texts["prompt"]
-        check_system(row, texts["prompt"], None)
+        check_system(row, texts["prompt"].__contains__)
         for prompt in (words, texts["prompt"]):
             check_repeat(prompt, texts["chosen"], texts["rejected"])
         notices = [repeats(words, (texts["chosen"], texts["rejected"]))]
@@ -174,6 +174,9 @@ class StrategyRows:
         return found
 
     def _check_columns(self, row: Row) -> None:
+        if self._words:  # axolotl's own formats write a message's words and nothing else
+            columns = set().union(*self._columns.values()) & row.keys()
+            check_words_alone({c: row[c] for c in sorted(columns)}, row, self._fields.tools)
         for name in ("chosen", "rejected"):
             column = next((c for c in self._columns[name] if c in row), None)
             value = row.get(column)
@@ -192,6 +195,10 @@ class StrategyRows:
                     )
 
     def _base(self, row: Row, texts: Row, place: _Place, base: BaseResponse) -> str:
+        check_words_alone({"base": base.said}, {}, None)
+        said = self._stops.strip(base.text) if self._words and base.tokens is None else ""
+        if end := self._stops.first_inside(said):
+            raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
         if place != self._only_place:
             self._check_only_place(row, place)
             self._only_place = place
@@ -317,48 +324,6 @@ class StrategyRows:
         for column in columns:
             if not (name == "prompt" and "system" in str(column)):
                 yield from _leaves(row[column], (column,))
-
-
-def is_axolotls(transform: Transform) -> bool:
-    """Whether a strategy is one of axolotl's that put words into a template of their own, so that special tokens in a
-    row are words. `passthrough` takes rows that are rendered already."""
-    function: Any = transform
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__module__", None) or ""
-    return name.startswith("axolotl.") and not name.endswith(".passthrough")
-
-
-def takes_rendered(kind: Any) -> bool:
-    """Whether a `type:` of the user's own has a format that adds nothing to a prompt: then rows are rendered already."""
-    return isinstance(kind, Mapping) and kind.get("prompt_format") in (None, "", "{prompt}")
-
-
-def source_of(transform: Transform) -> list[tuple[str, str]]:
-    """(module, source text) of all modules of a strategy of the user's own, also of those that it imports: for a
-    cache key. Installed packages are left out; their versions are their own."""
-    function: Any = transform
-    while isinstance(function, functools.partial):
-        function = function.func
-    installed = tuple(
-        sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")
-    )
-    found: dict[str, str] = {}
-    waiting = [inspect.getmodule(function)]
-    while waiting:
-        module = waiting.pop()
-        path = getattr(module, "__file__", None)
-        if module is None or module.__name__ in found or not path or path.startswith(installed):
-            continue
-        found[module.__name__] = Path(path).read_text("utf-8", errors="replace")
-        for value in vars(module).values():
-            name = (
-                value.__name__
-                if isinstance(value, ModuleType)
-                else getattr(value, "__module__", None)
-            )
-            waiting.append(sys.modules.get(name) if isinstance(name, str) else None)
-    return sorted(found.items())
 
 
 def _leaves(value: Any, path: Slot) -> Iterator[Slot]:

@@ -29,7 +29,8 @@ def read_tool_call(call: Any, name: str) -> dict[str, Any]:
 
 
 def read_tools(tools: Any, column: str) -> list[dict] | None:
-    if isinstance(tools, str) and tools.strip():
+    written = isinstance(tools, str)  # as text, with nothing that Arrow put there
+    if written and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
@@ -44,7 +45,7 @@ def read_tools(tools: Any, column: str) -> list[dict] | None:
         )
     if any(not isinstance(tool.get("function", tool), Mapping) for tool in tools):
         raise RowError(f"tools has an entry that is no function (column {column!r})")
-    return [_without_null(tool) for tool in tools]
+    return [dict(tool) if written else _without_null(tool) for tool in tools]
 
 
 def _without_null(value: Any) -> Any:

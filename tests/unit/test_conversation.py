@@ -76,13 +76,16 @@ def test_parts_of_text_are_one_text():
 def test_a_system_column_is_used_or_refused():
     row = ROW | {"rule": "be kind"}
     assert read(row, {"field_system": "rule"}).history == [system("be kind"), user("why blue?")]
-    own = [system("own"), user("why")]
+    own = [system("be kind "), user("why")]
     assert read(row, {"field_system": "rule"}, messages=own).history == own
+    own = [system("own"), user("why")]
+    with pytest.raises(RowError, match="column 'rule' .*'be kind'.* begin with another one .'own'"):
+        read(row, {"field_system": "rule"}, messages=own)
     with pytest.raises(
         RowError, match="column 'system' holds a system message.*field_system: system"
     ):
-        check_system({"system": "be kind"}, "user: why", None)
-    check_system({"system": "be kind", "system_note": None}, "system: be kind\nuser: why", None)
+        check_system({"system": "be kind"}, "user: why".__contains__)
+    check_system({"system": "be kind", "system_note": None}, "system: be kind".__contains__)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,16 @@ def test_rows_that_are_not_what_they_seem(change, match):
 
 def test_whole_conversations_must_answer_one_history():
     row = {"chosen": [user("why"), assistant("arr")], "rejected": [user("who"), assistant("no")]}
+    with pytest.raises(RowError, match="different histories"):
+        read(row, whole=True)
+    first, other = (
+        assistant("") | {"tool_calls": [{"function": {"name": "f", "arguments": {"city": city}}}]}
+        for city in ("north", "moon")
+    )
+    told = [user("why"), first, {"role": "tool", "content": "rain"}]
+    row = {"chosen": [*told, assistant("arr")], "rejected": [*told, assistant("no")]}
+    assert read(row, whole=True).history == told
+    row["rejected"][1] = other
     with pytest.raises(RowError, match="different histories"):
         read(row, whole=True)
     with pytest.raises(RowError, match="chosen has no message before the response"):

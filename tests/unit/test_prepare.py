@@ -336,6 +336,22 @@ def test_cache_is_used_and_follows_what_it_depends_on(config, chatml, monkeypatc
     assert len(calls) == 6
 
 
+def test_cache_follows_what_a_strategy_of_ones_own_reads(config, chatml, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def load(cfg, **kwargs):\n"
+        "    def ask(row):\n"
+        "        return row | {'prompt': cfg['default_system_message'] + row['prompt']}\n"
+        "    return ask\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = {**config()["datasets"][0], "type": "mine.load"}
+    calls, found = built(monkeypatch), []
+    for words in ("be kind ", "be kind ", "be a pirate "):
+        cfg = config(datasets=[entry], default_system_message=words)
+        found.append(prepare_rows(cfg, chatml)[0][0]["prompt"])
+    assert len(calls) == 2 and [text[:7] for text in found] == ["be kind", "be kind", "be a pi"]
+
+
 def test_total_steps(config, chatml, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer", lambda cfg: chatml)
     assert load_datasets(config(num_epochs=3))[0].total_num_steps == 9

@@ -16,7 +16,9 @@ from tiny import make_tokenizer
 from bapo_plugin.rows.conversation import fields_of
 from bapo_plugin.rows.ends import StopTexts
 from bapo_plugin.rows.errors import RowError
-from bapo_plugin.rows.strategies import StrategyRows, source_of
+from bapo_plugin.rows.origin import source_of
+from bapo_plugin.rows.strategies import StrategyRows
+from bapo_plugin.rows.words import Words
 
 CHOSEN, REJECTED, BASE = "arr the sea be blue", "the sea is blue", "It is blue. "
 
@@ -109,9 +111,9 @@ def strategy_of(kind, ds_cfg, style="chatml"):
     return transform
 
 
-def reader(transform, base="base", entry=None):
+def reader(transform, base="base", entry=None, words=None):
     stops = StopTexts(make_tokenizer(), {2})
-    return StrategyRows(transform, fields_of(entry or {}, base), stops, entry)
+    return StrategyRows(transform, fields_of(entry or {}, base), stops, entry, words)
 
 
 @pytest.mark.parametrize("shape", ["string", "message", "messages"])
@@ -205,6 +207,30 @@ def test_bad_rows_say_what_and_how_to_mend(change, match):
     for kind in ("passthrough.default", "chatml.prompt_pairs", "llama3.prompt_pairs"):
         with pytest.raises(RowError, match=match):
             reader(strategy_of(kind, {}))(row)
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "north"}}}]
+LEFT_OUT = "which this `type:` leaves out; use chat_template.default"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"chosen": [user("why blue?"), assistant("a") | {"tool_calls": CALL}]}, f"message of chosen holds tool_calls, {LEFT_OUT}"),
+        ({"rejected": [user("why blue?"), assistant("b") | {"thinking": "hm"}]}, f"message of rejected holds thinking, {LEFT_OUT}"),
+        ({"base": assistant("") | {"tool_calls": CALL}}, f"message of base holds tool_calls, {LEFT_OUT}"),
+        ({"base": "one<|im_end|>\n<|im_start|>user\nand"}, "base goes on behind an end of turn .'<.im_end.>'"),
+        ({"tools": '[{"name": "weather"}]'}, f"column 'tools' holds tools, {LEFT_OUT}"),
+    ],
+)  # fmt: skip
+def test_what_a_format_would_leave_out_is_refused(change, match):
+    tokenizer = make_tokenizer()
+    with pytest.raises(RowError, match=match):
+        reader(strategy_of("chatml.argilla_chat", {}), words=Words(tokenizer))(
+            conversation(CHOSEN) | change
+        )
+    row = conversation(CHOSEN) | {"tools": "[]", "base": assistant("one") | {"tool_calls": []}}
+    assert reader(strategy_of("chatml.argilla_chat", {}), words=Words(tokenizer))(row).base
 
 
 def test_empty_system_message_is_fine():

@@ -3,6 +3,7 @@
 The oracle is `apply_chat_template` on the whole conversation.
 """
 
+import json
 import time
 from datetime import datetime
 
@@ -16,6 +17,7 @@ from bapo_plugin.rows.conversation import Fields
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.template import ChatTemplate
 from bapo_plugin.rows.tokens import Encoder, prepare_batch
+from bapo_plugin.rows.tools import read_tools
 
 DAY = datetime(2026, 11, 25, 12, 30)
 
@@ -343,6 +345,27 @@ def test_tools():
         )
     with pytest.raises(RowError, match="doesn't write the tool 'weather' into the prompt"):
         read(row_of([user("rain?")], tools=[TOOL]))
+
+
+def test_tools_written_as_text_keep_their_nulls():
+    """A default of null, as pydantic writes it; only a table puts nulls where a row has nothing."""
+    unit = {"type": "string", "default": None, "enum": ["c", None]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"unit": unit}}}
+    assert read_tools(json.dumps([tool]), "tools") == [tool]
+    del unit["default"]
+    padded = tool | {"function": tool["function"] | {"strict": None}}
+    assert read_tools([padded], "tools") == [tool]
+
+
+def test_a_system_message_within_that_of_the_template_is_not_there():
+    """Qwen's own message holds the most common one."""
+    tokenizer, template, stops, _ = known("chatml")
+    own = "<|im_start|>system\nYou are Qwen. You are a helpful assistant.<|im_end|>\n"
+    own = f"{{% if messages[0].role != 'system' %}}{{{{ {own!r} }}}}{{% endif %}}"
+    read = rows_of(tokenizer, own + template, stops)
+    assert "You are Qwen" in read(row_of([user("why")])).prompt
+    with pytest.raises(RowError, match="column 'system' holds a system message"):
+        read(row_of([user("why")]) | {"system": "You are a helpful assistant."})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,7 +27,16 @@ _LOADING = (
     *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "torch_dtype"),
     *("model_quantization_config", "model_quantization_config_kwargs", "overrides_of_model_config"),
     *("overrides_of_model_kwargs", "resize_token_embeddings_to_32x", "type_of_model"),
-    *("attn_implementation", "experts_implementation"),
+    *("attn_implementation", "experts_implementation", "cls_model_config", "reinit_weights"),
+    *("quantize_moe_experts", "scaling_softmax", "scaling_softmax_factor", "scaling_softmax_bias"),
+    *(
+        "qat",
+        "fp8",
+        "use_onebitllms",
+        "shrink_embeddings",
+        "mean_resizing_embeddings",
+        "fp32_norms",
+    ),
 )
 
 # keys of the YAML that split a model over processes, switched off: commands that only read a model load it whole
@@ -34,8 +44,22 @@ WHOLE = dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "deepspeed"))
 
 
 def reference_adapter(cfg: Any) -> str | None:
-    """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`."""
-    return cfg.lora_model_dir if cfg.bapo.get("reference", "start") == "start" else None
+    """The adapter that is part of the reference: that of `lora_model_dir`, unless `reference: base`.
+
+    Raises:
+        ValueError: the run itself writes there, so that it would be another adapter once it goes on.
+    """
+    start = cfg.lora_model_dir
+    if start is None or cfg.bapo.get("reference", "start") != "start":
+        return None
+    written, read = Path(cfg.output_dir).resolve(), Path(start).resolve()
+    if read == written or (read.parent == written and read.name.startswith("checkpoint-")):
+        raise ValueError(
+            f"lora_model_dir: {start} is where the run saves its own adapter (output_dir: {cfg.output_dir}). The reference is the "
+            "adapter as it was, and would be the trained one as soon as the run goes on or is measured; set another "
+            "output_dir, or bapo.reference: base"
+        )
+    return start
 
 
 def reference_spec(cfg: Any, adapter: str | None) -> ReferenceSpec:

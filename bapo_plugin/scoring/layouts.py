@@ -163,6 +163,11 @@ def refusal(model: nn.Module) -> str | None:
         return f"{type(inner).__name__} is not a transformers model"
     name = type(inner).__name__
     text = config.get_text_config()
+    if any(
+        getattr(adapter, "alora_invocation_tokens", None)
+        for adapter in getattr(model, "peft_config", {}).values()
+    ):
+        return "an adapter acts behind its invocation tokens only (aLoRA), which it looks for in a row's text"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
     try:

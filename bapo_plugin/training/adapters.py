@@ -13,6 +13,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter whose training goes on
 
 
+def refuse_bias(model: Any) -> None:
+    """An adapter that trains the model's own biases, which stay what they are when it is switched off.
+
+    Raises:
+        ValueError: it does.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ValueError(
+                f"bias: {bias!r} in the adapter {name!r} trains biases of the model itself, so that the reference, the model with its "
+                "adapter off, would move with it; set bias='none'"
+            )
+
+
 def copy_to_reference(model: Any, goes_on: bool) -> None:
     """Make the adapter "ref" what the active adapter is, in values and dtypes.
 

@@ -31,6 +31,11 @@ def refuse_arguments(args: Any, bapo: BAPOConfig) -> None:
         != "reverse_kl",
         "sync_ref_model": bool(args.sync_ref_model),
         "torch_compile": bool(args.torch_compile),
+        # a response keeps its beginning; and what is kept of the weight is restored by checkpoints anyway
+        "truncation_mode": getattr(args, "truncation_mode", "keep_start") != "keep_start",
+        "restore_callback_states_from_checkpoint": bool(
+            args.restore_callback_states_from_checkpoint
+        ),
         "train_sampling_strategy: group_by_length": getattr(args, "train_sampling_strategy", None)
         == "group_by_length",
     }

@@ -140,6 +140,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         if reference == "base" and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
         goes_on = goes_on and reference == "start" and self.ref_model is None
+        adapters.refuse_bias(self.model)
         adapters.copy_to_reference(self.model, goes_on)
         for module in (self.model, self.ref_model):
             if module is not None:

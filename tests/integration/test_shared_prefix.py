@@ -286,6 +286,11 @@ def test_families_that_would_break_are_refused(family):
     assert reason and type(model).__name__ in reason
 
 
+def test_an_adapter_that_looks_for_tokens_in_a_row_is_refused():
+    model = lora_model("llama", alora_invocation_tokens=[5, 6], target_modules=["q_proj"])
+    assert "aLoRA" in refusal(model) and refusal(lora_model("llama")) is None
+
+
 def test_a_mask_of_the_models_own_is_found(monkeypatch):
     """Doge's mask depends on the values; another one comes as a tensor."""
     monkeypatch.setitem(FAMILIES, "doge", {"keep_window_size": 16, "pad_token_id": 0})

@@ -17,7 +17,7 @@ from helpers import (
     randomize_lora,
     training_args,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from tiny import make_model, make_rows, make_tokenizer
 from trl import DPOTrainer
 
@@ -346,11 +346,27 @@ def test_saved_adapter_loads_again(tmp_path):
             r"TRL's own.*BAPOConfig\(precompute_ref_log_probs=True\)",
         ),
         ({"use_weighting": True}, "does not work with use_weighting"),
+        ({"truncation_mode": "keep_end"}, "does not work with truncation_mode"),
+        ({"restore_callback_states_from_checkpoint": True}, "does not work with restore_callback"),
     ],
 )
 def test_settings_of_trl_that_would_mean_another_loss_are_refused(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         bapo_trainer(tmp_path, **changes)
+
+
+def test_an_adapter_that_trains_biases_of_the_model_is_refused(tmp_path):
+    model = make_model("qwen2", vocab_size=len(make_tokenizer()))
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="lora_only")
+    with pytest.raises(ValueError, match="bias: 'lora_only' in the adapter 'default'.*bias='none'"):
+        BAPOTrainer(
+            model,
+            args=training_args(tmp_path),
+            train_dataset=Dataset.from_list(make_rows(4)),
+            processing_class=make_tokenizer(),
+            peft_config=lora,
+            bapo=BAPOConfig(),
+        )
 
 
 def test_triton_without_a_gpu_is_refused(tmp_path):

@@ -106,7 +106,8 @@ class Opening:
             encode = Encoder(self._tokenizer, from_template=False, words=words)
             identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]
             own = not defined_by_axolotl(strategy)
-        for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token):
+        chat = None if self._kind(entry) is None else fields
+        for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token, chat):
             if named and base not in rows.column_names:
                 raise ValueError(
                     f"{name}: there is no column {base!r} with the base response (columns: "

@@ -129,7 +129,7 @@ def _faults(text: str, constant: Callable[[str], Any] | None) -> Iterator[tuple[
         if not line.strip():
             continue
         try:
-            fault = _fault(json.loads(line, object_pairs_hook=_distinct, parse_constant=constant))
+            fault = _fault(json.loads(line, object_pairs_hook=distinct, parse_constant=constant))
         except json.JSONDecodeError as error:
             fault = f"{error.msg} at character {error.pos + 1}"
         except RecursionError:
@@ -168,7 +168,12 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(part)
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

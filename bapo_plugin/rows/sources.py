@@ -10,6 +10,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict
 
 from bapo_plugin.rows.conversation import Fields, is_blank
+from bapo_plugin.rows.exact import with_text_calls
 from bapo_plugin.rows.files import check_files, check_utf8, local_files, what_is_wrong
 from bapo_plugin.rows.template import RenderedRow
 from bapo_plugin.rows.tokens import Encoder
@@ -38,13 +39,16 @@ class Source:
     identity: Any
 
 
-def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple[str, Dataset]]:
+def raw_rows(
+    entry: DictDefault, name: str, token: Any = None, fields: Fields | None = None
+) -> Iterator[tuple[str, Dataset]]:
     """(name, rows) of the parts that an entry stands for.
 
     Args:
         entry: with all the keys of the YAML.
         name: for messages.
         token: for data sets on the hub.
+        fields: of a chat format, whose tools and tool calls come as JSON text from JSON files.
 
     Raises:
         ValueError: it can't be loaded, has no rows, or not the split.
@@ -67,6 +71,8 @@ def raw_rows(entry: DictDefault, name: str, token: Any = None) -> Iterator[tuple
                     f"{name} has no split 'train' but {', '.join(rows)}: name one with `split:`"
                 )
             rows = rows["train"]
+        if fields is not None:
+            rows = with_text_calls(rows, config, fields, name)
         if config.get("shards"):
             rows = rows.shard(config["shards"], config.get("shards_idx") or 0)
         if len(rows) == 0:

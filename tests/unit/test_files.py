@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from axolotl.utils.dict import DictDefault
+from datasets import load_dataset
 
+from bapo_plugin.rows.conversation import fields_of, read_conversation
 from bapo_plugin.rows.sources import raw_rows
 
 ROW = {"prompt": "why", "chosen": "a", "rejected": "b"}
@@ -102,3 +104,124 @@ def test_parquet_of_another_schema_is_read_and_its_rows_are_judged(tmp_path):
         "question",
         "n",
     ]
+
+
+def call(arguments, **more):
+    function = {"name": "pay", "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]} | more
+
+
+def tool(**schema):
+    return [{"type": "function", "function": {"name": "pay", "parameters": schema}}]
+
+
+# what Arrow's types would change: whole numbers beside a fraction, long numbers, nulls, order, dates; and where keys
+# differ, numbers with more than ten decimals
+CALLS = [
+    {"prompt": "one", "tools": tool(a=0, b="2024-05-01"), "rejected": "no",
+     "chosen": [call({"n": 3, "long": 12345678901234567, "xs": [1, 2.5], "day": "2024-05-01", "memo": None, "o": {}})]},
+    {"prompt": "two", "tools": tool(b="2024-05-02", a=0.5), "rejected": "no",
+     "chosen": [call({"memo": "x", "long": 0.5, "n": 2.5, "xs": [1], "day": "2024-05-02", "o": {}})]},
+    {"prompt": "three", "tools": None, "chosen": [{"role": "assistant", "content": "no"}], "rejected": "no"},
+    {"prompt": "four", "tools": tool(c=0.1234567890123), "chosen": [call('{"n": 1.0}')], "rejected": call({"x": 1e-12})},
+]  # fmt: skip
+
+
+def read_calls(tmp_path, monkeypatch, rows, name="rows.jsonl", **entry):
+    """(tools, arguments of chosen) of each row, as the template gets them, and the prompts."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / name
+    if rows is not None:
+        text = json.dumps(rows) if name.endswith(".json") else lines(*rows)
+        path.write_text(text, encoding="utf-8")
+    fields = fields_of({"field_messages": "prompt"}, "base")
+    entry = DictDefault({"path": str(path), "split": "train"} | entry)
+    found = []
+    for _, rows in raw_rows(entry, "datasets[0]", None, fields):
+        for row in rows:
+            made = read_conversation(row, fields)
+            calls = made.chosen.get("tool_calls", ())
+            found.append([row["prompt"], made.tools, [c["function"]["arguments"] for c in calls]])
+    return found
+
+
+def said_by(rows):
+    found = []
+    for row in rows:
+        last = row["chosen"][-1]
+        given = [c["function"]["arguments"] for c in last.get("tool_calls", ())]
+        given = [json.loads(g) if isinstance(g, str) else g for g in given]
+        found.append([row["prompt"], row["tools"], given])
+    return found
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("part", [slice(0, 2), slice(0, 4), slice(2, 4)])
+def test_tools_and_calls_are_those_of_the_file(tmp_path, monkeypatch, name, part):
+    rows = CALLS[part]
+    found = read_calls(tmp_path, monkeypatch, rows, name)
+    # as text: numbers and the order of keys too
+    assert json.dumps(found) == json.dumps(said_by(rows))
+
+
+@pytest.mark.parametrize(
+    ("entry", "numbers"),
+    [
+        ({"split": "train[1:3]"}, [1, 2]),
+        ({"split": "train[2:]+train[:1]"}, [2, 3, 0]),
+        ({"shards": 2, "shards_idx": 1}, [2, 3]),
+        ({"preprocess_shards": 4}, [0, 1, 2, 3]),
+        ({"split": None}, [0, 1, 2, 3]),
+    ],
+)
+def test_tools_and_calls_of_a_part_of_a_file(tmp_path, monkeypatch, entry, numbers):
+    found = read_calls(tmp_path, monkeypatch, CALLS, **entry)
+    assert json.dumps(found) == json.dumps(said_by([CALLS[i] for i in numbers]))
+
+
+def test_tools_and_calls_of_a_folder(tmp_path, monkeypatch):
+    folder, other = tmp_path / "rows", CALLS[0] | {"prompt": "five"}
+    folder.mkdir()
+    (folder / "one.jsonl").write_text(lines(CALLS[0]), encoding="utf-8")
+    (folder / "two.jsonl").write_text(lines(other), encoding="utf-8")
+    files = [str(folder / "two.jsonl"), str(folder / "one.jsonl")]
+    entry = {"data_files": files, "ds_type": "json"}
+    found = read_calls(tmp_path, monkeypatch, None, "rows", **entry)
+    assert json.dumps(found) == json.dumps(said_by([other, CALLS[0]]))
+    with pytest.raises(ValueError, match="in a folder .*; name the file itself with `path:`"):
+        read_calls(tmp_path, monkeypatch, None, "rows")
+    for i, name in enumerate(("one", "two")):
+        row = CALLS[i] | {"tools": None, "chosen": [call('{"n": 1.0}')]}
+        (folder / f"{name}.jsonl").write_text(lines(row), encoding="utf-8")
+    found = read_calls(tmp_path, monkeypatch, None, "rows")
+    assert [arguments for _, _, arguments in found] == [[{"n": 1.0}], [{"n": 1.0}]]
+
+
+def test_what_has_types_of_its_own_stays(tmp_path, monkeypatch):
+    """A saved data set still names the file that it was made of, whatever was done to it since."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines(*CALLS[:2]), encoding="utf-8")
+    made = load_dataset("json", data_files=str(path), split="train")
+    made = made.map(lambda row: row | {"prompt": "new"})
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        found = read_calls(tmp_path, monkeypatch, None, name)
+        assert [prompt for prompt, _, _ in found] == ["new", "new"] and found[0][2][0]["n"] == 3.0
+    assert not (tmp_path / "cache" / "bapo").exists()
+
+
+def test_calls_that_are_text_need_no_copy(tmp_path, monkeypatch):
+    rows = [CALLS[3] | {"tools": json.dumps(CALLS[3]["tools"]), "rejected": "no"}]
+    (row,) = read_calls(tmp_path, monkeypatch, rows)
+    assert row == ["four", CALLS[3]["tools"], [{"n": 1.0}]]
+    assert not (tmp_path / "cache" / "bapo").exists()
+
+
+def test_calls_that_cannot_be_read_from_the_file(tmp_path, monkeypatch):
+    text = json.dumps(CALLS[0], indent=1) + "\n" + json.dumps(CALLS[1], indent=1)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="(?s)'tools' are objects, .* as JSON text, or mend .*line 1"
+    ):
+        read_calls(tmp_path, monkeypatch, None)

@@ -114,9 +114,10 @@ def _has_objects(path: Path, wanted: list[str], name: str) -> bool:
 
 def _copy(path: Path, wanted: list[str], name: str) -> Path:
     """A copy of a file of rows with tools and arguments as text."""
+    digest = hashlib.sha256(json.dumps([_FORM, *wanted]).encode())
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps([_FORM, *wanted]).encode())
+        while part := file.read(1 << 20):
+            digest.update(part)
     copy = Path(config.HF_DATASETS_CACHE) / "bapo" / f"{digest.hexdigest()[:32]}.jsonl"
     if not copy.is_file():
         with whole(copy, _ELSEWHERE) as partial, partial.open("w", encoding="utf-8") as file:

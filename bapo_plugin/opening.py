@@ -86,13 +86,15 @@ class Opening:
         fields = fields_of(
             entry, None if base is NO_BASE else base or "base", self._kind(entry) or False
         )
+        own = own_stops(self._tokenizer, self._bapo.anchors.stop)
         found = []
         identity: Any
         own = False
         if self._kind(entry) is not None:
             template = self._template(entry, name)
             read = ChatRows(template, fields)
-            encode = Encoder(self._tokenizer, from_template=True, words=template.words)
+            ends = {*self.named, template.end_id, *own}
+            encode = Encoder(self._tokenizer, True, template.words, ends)
             identity = [template.text, str(self._now), self._bapo.special_tokens_in_words]
         else:
             strategy = self._strategy(split, index, entry)
@@ -103,7 +105,7 @@ class Opening:
             has_words = is_axolotls(strategy) and not takes_rendered(entry.get("type"))
             words = Words(self._tokenizer, policy) if has_words else None
             read = StrategyRows(strategy, fields, stops, entry, words)
-            encode = Encoder(self._tokenizer, from_template=False, words=words)
+            encode = Encoder(self._tokenizer, False, words, {*self.named, *ends, *own})
             identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]
             own = not defined_by_axolotl(strategy)
         chat = None if self._kind(entry) is None else fields
@@ -123,7 +125,7 @@ class Opening:
                     encode,
                     fields,
                     _kind_in_words(entry),
-                    [dict(entry), base, identity],
+                    [dict(entry), base, identity, sorted(own)],
                 )
             )
         return found

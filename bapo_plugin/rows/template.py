@@ -22,6 +22,8 @@ from bapo_plugin.rows.words import Words
 
 _SPACE = re.compile(r"\s+")
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
+# an answer that no template takes for anything else
+_ANY = "zebra"
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 
 
@@ -109,8 +111,8 @@ class ChatTemplate:
         """A row as text.
 
         Args:
-            base: what the model said before training: text, taken as a message where the template then
-                writes what the model was asked with, else to the letter; or a message.
+            base: what the model said before training: text, taken to the letter behind what the model was asked with
+                and what the template itself opens there; or a message.
 
         Raises:
             RowError: the template refuses the conversation, leaves out words of it, or writes the prompt
@@ -162,23 +164,35 @@ class ChatTemplate:
             whole, _ = self._whole(history, message, tools)
             self._check_response(told, whole, message, "base")
             return whole.removesuffix(self._end.text) if base.cut else whole
-        if base.cut:
-            return ask + base.said
         # special tokens in what a model said are those that it gave
         said = self._strip(base.said)
-        message = {"role": "assistant", "content": base.said}
-        try:
-            whole, _ = self._whole(history, message, tools)
-            self._check_response(told, whole, message, "base")
-        except RowError:
-            whole = ""
-        if not whole.startswith(ask) or _opens_twice(whole[len(ask) :], said):
-            # the template writes a message otherwise than the model goes on after what it was asked with
-            # among its ids, where they are there, the model itself has told text from ends
-            if base.tokens is None and (end := self._stops.first_inside(said)):
-                raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
-            return ask + said + self._end.text
-        return whole
+        # among its ids, where they are there, the model itself has told text from ends
+        if base.tokens is None and (end := self._stops.first_inside(said)):
+            raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
+        if base.cut:
+            return ask + said
+        return self._head(history, tools, ask, said) + said + self._end.text
+
+    def _head(
+        self, history: Sequence[Message], tools: list[dict] | None, ask: str, said: str
+    ) -> str:
+        """What stands before the words of a model: what it was asked with, and what the template itself writes between
+        that and any answer, such as an empty block of thoughts. Words that begin with what the prompt opens, such as
+        <think>, stand for it. A template that doesn't write the words to the letter has no say."""
+
+        def before(words: str) -> str:
+            try:
+                whole, _ = self._whole(history, {"role": "assistant", "content": words}, tools)
+            except RowError:
+                return ask
+            head = whole.removesuffix(words + self._end.text)
+            return head if whole.startswith(ask) and head != whole else ask
+
+        head = before(said) if said.strip() else ask
+        if len(head) <= len(ask):  # white space is nothing that a prompt opens
+            return head if ask[len(head) :].strip() else ask
+        begun = common_prefix([head[len(ask) :].lstrip(), said.lstrip()]).strip()
+        return head if len(begun) <= 2 and before(_ANY) == head else ask
 
     def _own_words(self, message: Message, name: str) -> Message:
         """An answer with stand-ins for special tokens in its words; the end of turn that it brings is none of them.
@@ -331,13 +345,6 @@ def _check_calls(text: str, messages: Sequence[Message], name: str, besides: str
                 f"the chat template doesn't write the tool call {tool!r} of {name} with all its arguments; use a template "
                 "that takes tool calls"
             )
-
-
-def _opens_twice(written: str, said: str) -> bool:
-    """Whether the template put something in front of the words that they begin with themselves, such as a block of
-    thoughts."""
-    place = written.find(said.strip())
-    return place > 0 and len(common_prefix([written[:place].lstrip(), said.lstrip()]).strip()) > 2
 
 
 def has_words(text: str, *parts: str) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ from datasets import Features, Value
 from datasets import Sequence as SequenceOf
 
 from bapo_plugin.rows.columns import IDS, RESPONSES, TEXTS
-from bapo_plugin.rows.ends import common_prefix, special_texts
+from bapo_plugin.rows.ends import common_prefix
 from bapo_plugin.rows.errors import RowError
 from bapo_plugin.rows.template import RenderedRow
 from bapo_plugin.rows.words import Words
@@ -38,12 +38,19 @@ class Encoder:
             tokenizer adds its own at the beginning; one that is there already is not doubled, and an end of
             sequence that the tokenizer would put after every text is left out: a text says itself where it ends.
         words: knows the stand-ins in texts for what is to become text (`rows.words`). Default: of a chat template's texts.
+        ends: ids of tokens that end an answer, besides the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any, from_template: bool, words: Words | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        from_template: bool,
+        words: Words | None = None,
+        ends: Iterable[int] = (),
+    ):
         self._tokenizer = tokenizer
         self._from_template = from_template
-        self._special = set(special_texts(tokenizer).values())
+        self._ends = {*ends, tokenizer.eos_token_id} - {None}
         self._words = Words(tokenizer) if words is None and from_template else words
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
@@ -84,14 +91,18 @@ class Encoder:
         """What an error says, without stand-ins."""
         return self._words.tell(str(error)) if self._words else str(error)
 
-    def spells(self, ids: Sequence[int], text: str) -> bool:
-        """Whether ids are this text, perhaps with the token that ends an answer."""
+    def spells(self, ids: Sequence[int], text: str, cut: bool) -> bool:
+        """Whether ids are this text and a token that ends an answer; where a limit cut it, the text alone."""
+        ended = ids[-1] in self._ends
+        if ended == cut:
+            return False
         try:
-            written = self._tokenizer.decode(ids)
+            # the text may have its end too
+            return any(
+                self._tokenizer.decode(part) == text for part in (ids[: len(ids) - ended], ids)
+            )
         except (OverflowError, TypeError, IndexError):  # ids of another tokenizer
             return False
-        rest = written[len(text) :]
-        return written.startswith(text) and (not rest or rest in self._special)
 
     def _single(self, ids: list[int], text: str) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
@@ -210,7 +221,7 @@ def prepare_batch(
         notices = list(row.notices)
         if row.base_tokens is not None:
             given, said = row.base_tokens
-            if encode.spells(given, said):
+            if encode.spells(given, said, row.base_cut):
                 wholes[2] = [*ask, *given]
             else:
                 notices.append("the tokens that base brings don't spell it and are left aside")

@@ -129,15 +129,73 @@ def test_answers_of_any_words_and_white_space(name, text):
     tokenizer, template, stops, end = known(name)
     read = rows_of(tokenizer, template, stops)
     history = HISTORIES["one turn"]
-    for part in ("chosen", "base"):
-        row = row_of(history, base=BASE) | {part: text}
+    out = prepared(tokenizer, read, row_of(history, base=text) | {"chosen": text})
+    expected, ids = whole(tokenizer, template, history, text, end)
+    assert (
+        out["prompt"] + out["chosen"] == expected and out["prompt_ids"] + out["chosen_ids"] == ids
+    )
+    # what a model said is not trimmed; in front of it is what the template writes before any answer, or nothing
+    ask = prepared(tokenizer, read, row_of(history))["ask"]
+    opened, _, _ = whole(tokenizer, template, history, "zebra", end)[0].rpartition("zebra")
+    said = out["prompt"] + out["base"]
+    assert said in (ask + text + end, opened + text + end) and said.startswith(ask)
+    assert said == expected or text != text.strip() or not expected.startswith(ask)
+    assert (
+        out["prompt_ids"] + out["base_ids"]
+        == tokenizer(said, add_special_tokens=False)["input_ids"]
+    )
+
+
+TRIM = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "base", "expected"),
+    [
+        ("chatml", TRIM, " sea \n", " sea \n"),
+        ("chatml", TRIM, " sea \n<|im_end|>\n", " sea \n"),
+        ("qwen3", None, "<think>moon</think>sea", "<think>moon</think>sea"),
+        ("qwen3", None, "<think>\nmoon\n</think>\n\nsea", "<think>\nmoon\n</think>\n\nsea"),
+        ("qwen3", None, "\n\nsea", "\n\nsea"),
+        ("qwen3", None, "sea\n", "<think>\n\n</think>\n\nsea\n"),
+        ("qwen3", None, "<|im_end|>", ""),
+        ("thinking", None, "<think>\nmoon\n</think>\n\nsea", "moon\n</think>\n\nsea"),
+        ("mistral", None, "sea", " sea"),
+        ("gpt-oss", None, "sea", "<|channel|>final<|message|>sea"),
+        ("gpt-oss", None, "<|channel|>final<|message|>sea", "<|channel|>final<|message|>sea"),
+    ],
+)  # fmt: skip
+def test_a_base_response_is_taken_to_the_letter(name, text, base, expected):
+    tokenizer, template, stops, end = known(name)
+    read = rows_of(tokenizer, text or template, stops)
+    ask = prepared(tokenizer, read, row_of([user("why")]))["ask"]
+    out = prepared(tokenizer, read, row_of([user("why")], base=base))
+    assert out["prompt"] + out["base"] == ask + expected + end
+
+
+def test_the_tokens_of_a_base_response_end_where_it_ended():
+    tokenizer, template, stops, _ = known("chatml")
+    read = rows_of(tokenizer, template, stops)
+    for base, given, cut, taken in [
+        ("sea", "sea<|im_end|>", False, True),
+        ("sea<|im_end|>", "sea<|im_end|>", False, True),
+        ("sea <|im_start|>", "sea <|im_start|><|im_end|>", False, True),
+        ("sea", "sea", True, True),
+        ("sea", "sea", False, False),
+        ("sea", "sea<|im_start|>", False, False),
+        ("sea", "sea<|im_end|><|im_end|>", False, False),
+        ("sea", "sea<|im_end|>", True, False),
+        ("sea<|im_end|>", "sea<|im_end|>", True, False),
+        ("sea", "moon<|im_end|>", False, False),
+    ]:
+        ids = tokenizer(given, add_special_tokens=False)["input_ids"]
+        row = row_of([user("why")], base=base, base_cut=cut, base_tokens=ids)
         out = prepared(tokenizer, read, row)
-        expected, ids = whole(tokenizer, template, history, text, end)
-        if part == "base" and not expected.startswith(out["ask"] or "\0"):
-            continue  # to the letter, see below
-        assert (
-            out["prompt"] + out[part] == expected and out["prompt_ids"] + out[f"{part}_ids"] == ids
-        )
+        assert ("left aside" in out["notice"]) != taken, (base, given, cut)
+        if taken:
+            assert out["base_ids"] == ids
+        # whether taken or not: an end of turn where it ended, none where a limit cut it
+        assert (out["base_ids"][-1] == tokenizer.eos_token_id) != cut
 
 
 def test_thoughts_of_a_row():

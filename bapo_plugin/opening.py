@@ -89,7 +89,7 @@ class Opening:
         own = own_stops(self._tokenizer, self._bapo.anchors.stop)
         found = []
         identity: Any
-        own = False
+        is_users = False
         if self._kind(entry) is not None:
             template = self._template(entry, name)
             read = ChatRows(template, fields)
@@ -107,7 +107,7 @@ class Opening:
             read = StrategyRows(strategy, fields, stops, entry, words)
             encode = Encoder(self._tokenizer, False, words, {*self.named, *ends, *own})
             identity = [source_of(strategy), self._tokenizer.chat_template, words and policy]
-            own = not defined_by_axolotl(strategy)
+            is_users = not defined_by_axolotl(strategy)
         chat = None if self._kind(entry) is None else fields
         for part_name, rows in raw_rows(entry, name, self._cfg.hf_use_auth_token, chat):
             if named and base not in rows.column_names:
@@ -115,7 +115,7 @@ class Opening:
                     f"{name}: there is no column {base!r} with the base response (columns: "
                     f"{', '.join(rows.column_names)}); mend `field_base:`, or remove it to have base responses generated"
                 )
-            if own:
+            if is_users:
                 identity = [*identity, _examples(read, rows)]
             found.append(
                 Source(

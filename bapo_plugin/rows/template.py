@@ -171,7 +171,9 @@ class ChatTemplate:
             raise RowError(f"base goes on behind an end of turn ({end!r}); cut it there")
         if base.cut:
             return ask + said
-        return self._head(history, tools, ask, said) + said + self._end.text
+        # words that came with tokens came right behind what the model was asked with
+        head = ask if base.tokens else self._head(history, tools, ask, said)
+        return head + said + self._end.text
 
     def _head(
         self, history: Sequence[Message], tools: list[dict] | None, ask: str, said: str

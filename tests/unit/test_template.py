@@ -173,6 +173,16 @@ def test_a_base_response_is_taken_to_the_letter(name, text, base, expected):
     assert out["prompt"] + out["base"] == ask + expected + end
 
 
+def test_text_and_tokens_of_a_base_response_are_the_same():
+    tokenizer, template, stops, end = known("qwen3")
+    read = rows_of(tokenizer, template, stops)
+    ask = prepared(tokenizer, read, row_of([user("why")]))["ask"]
+    ids = tokenizer("sea" + end, add_special_tokens=False)["input_ids"]
+    out = prepared(tokenizer, read, row_of([user("why")], base="sea", base_tokens=ids))
+    assert out["prompt"] + out["base"] == ask + "sea" + end
+    assert out["prompt_ids"] + out["base_ids"] == tokenizer(ask)["input_ids"] + ids
+
+
 def test_the_tokens_of_a_base_response_end_where_it_ended():
     tokenizer, template, stops, _ = known("chatml")
     read = rows_of(tokenizer, template, stops)

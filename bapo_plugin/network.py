@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bapo_plugin.runs import base_of, recorded_config
+from bapo_plugin.runs import base_of, is_there, recorded_config
 from bapo_plugin.yaml_files import read_yaml
 
 # axolotl's and the hub's telemetry, the load counter of `datasets`
@@ -52,14 +52,6 @@ def is_local(config: Mapping[str, Any]) -> bool:
     if "/" in kernel:  # a kernel of the hub
         return False
     return bool(names) and all(isinstance(name, str) and is_there(name) for name in names)
-
-
-def is_there(name: str) -> bool:
-    """Whether a file or folder of this name exists."""
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _config(target: Path) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bapo_plugin.runs import RECORD, STATE, without_secrets
+from bapo_plugin.runs import RECORD, STATE, read_json, without_secrets
 
 TRAINER_CLS = (
     "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
@@ -191,7 +191,7 @@ def _read(place: _Place, name: str) -> Run:
     _add_configuration(run, place.roots)
     evaluation = place.folder / "bapo-eval.json"
     if evaluation.is_file():
-        run.evaluation = _read_json(evaluation, "run `bapo eval` again")
+        run.evaluation = read_json(evaluation, "run `bapo eval` again")
         if run.evaluation.get("format") != 1:
             raise ValueError(
                 f"{evaluation}: has format {run.evaluation.get('format')!r}, this version reads format 1; run "
@@ -212,7 +212,7 @@ def _newest(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
     states, errors = [], []
     for path in paths:
         try:
-            state = _read_json(path, "if the run is just writing it, try again; else remove it")
+            state = read_json(path, "if the run is just writing it, try again; else remove it")
             if not isinstance(state.get("log_history"), list):
                 raise ValueError(
                     f"{path}: has no list log_history, so it isn't a trainer state; name the output_dir of a run"
@@ -247,7 +247,7 @@ def _add_configuration(run: Run, roots: list[Path]) -> None:
     for root in roots:
         path = root / RECORD
         if path.is_file():
-            content = _read_json(path, "remove it, or train again")
+            content = read_json(path, "remove it, or train again")
             run.config = without_secrets(_mapping(content.get("config")))
             run.versions = dict(_mapping(content.get("versions")))
             run.rows = dict(_mapping(content.get("rows")))
@@ -355,13 +355,3 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _listed(steps: list[int]) -> str:
     return ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if steps[5:] else "")
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, not a JSON object; {remedy}")
-    return content

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from bapo_plugin.cli import app
 from bapo_plugin.commands.export import below, hub, kept, merged
+from bapo_plugin.commands.export.source import read_source
 
 IDS = torch.tensor([[5, 9, 40, 77, 123, 8, 31]])
 
@@ -579,3 +580,35 @@ def test_what_must_not_be_uploaded_is_not(mine, monkeypatch, name, said):
 )
 def test_an_address_or_a_relative_path_is_no_path_of_this_machine(text):
     assert not hub._PATH.search(f"see {text} here")
+
+
+def test_one_base_may_be_named_in_two_ways(base, tmp_path, monkeypatch):
+    first, second = adapter(base, tmp_path / "a"), adapter(base, tmp_path / "b")
+    monkeypatch.chdir(base.parent)
+    edit(second / "adapter_config.json", base_model_name_or_path=base.name)
+    result = run(first, second, "--to", "vllm")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_base_is_that_of_where_the_run_started(base, tmp_path, monkeypatch):
+    record = {"config": {"base_model": "m"}, "directory": str(tmp_path / "one")}
+    folder = adapter(base, tmp_path / "one/out")
+    (folder / "bapo_run.json").write_text(json.dumps(record))
+    edit(folder / "adapter_config.json", base_model_name_or_path="m")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    assert read_source(folder).base == str(tmp_path / "one/m")
+
+
+def test_a_pointer_in_place_of_weights_is_said(base, tmp_path):
+    folder = adapter(base, tmp_path / "mine")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (folder / "adapter_model.safetensors").write_text(pointer)
+    result = run(folder, "--to", "merged")
+    assert result.exit_code == 2 and "git lfs pull" in " ".join(result.output.split())
+    whole = shutil.copytree(base, tmp_path / "whole")
+    (whole / "model.safetensors").write_text(pointer)
+    result = run(adapter(base, tmp_path / "other"), "--to", "merged", "--base", whole)
+    assert result.exit_code == 2 and "git lfs pull" in " ".join(result.output.split())

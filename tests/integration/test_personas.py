@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from bapo_plugin.cli import app
 from bapo_plugin.commands.personas import personas
 from bapo_plugin.commands.personas import train as training
-from bapo_plugin.commands.personas.read import SAME, merge, read_personas
+from bapo_plugin.commands.personas.read import merge, read_personas
 from bapo_plugin.evaluation import matrix, pairs
+from bapo_plugin.runs import SAME
 
 PERSONAS = {
     "plain": {"datasets": [{"field_chosen": "plain", "field_rejected": "formal"}]},

@@ -9,13 +9,16 @@ import pytest
 
 from bapo_plugin import network, runs
 
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
+
 
 def make(folder, weights=True, settings=True, finished=None, step=None, checkpoint=False):
     folder.mkdir(parents=True, exist_ok=True)
     if settings:
         (folder / "adapter_config.json").write_text("{}")
     if weights:
-        (folder / "adapter_model.safetensors").write_bytes(b"x")
+        (folder / "adapter_model.safetensors").write_bytes(WHOLE)
     if finished is not None:
         (folder / "bapo_run.json").write_text(json.dumps({"finished": finished}))
     if step is not None:
@@ -55,6 +58,90 @@ def test_an_adapter_of_an_interrupted_run_is_called_unfinished(tmp_path):
     folder = make(tmp_path, finished=False, step=3, checkpoint=True)
     runs.check_adapter(folder)
     assert "unfinished: training got to step 3 of 24" in runs.unfinished(folder)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (WHOLE[:-3], "is cut off: it has"),
+        (WHOLE[:5], "is cut off"),
+        (b"", "is cut off"),
+        (WHOLE + b"x", "is no file of safetensors, or a damaged one"),
+        (WHOLE[:8] + b"x" * (len(WHOLE) - 8), "is no file of safetensors"),
+        (b"<html>" * 99, "is no file of safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+    ],
+)
+def test_weights_that_are_cut_off_or_a_pointer_are_refused(tmp_path, content, said):
+    folder = make(tmp_path / "mine")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        runs.check_adapter(folder)
+    assert str(folder / "adapter_model.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bapo_run.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ['{"a": 1,\n', "[1]"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    folder = make(tmp_path / "mine", finished=True)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match="restore it") as error:
+        runs.check_adapter(folder)
+        runs.recorded_config(folder)
+    assert str(folder / name) in str(error.value)
+
+
+def two_projects(tmp_path):
+    """One has a run; the other has files of the same names."""
+    for name in ("one", "two"):
+        (tmp_path / name / "m").mkdir(parents=True)
+        for file in ("rows.jsonl", "p.txt"):
+            (tmp_path / name / file).touch()
+    config = {
+        "base_model": "m",
+        "datasets": [{"path": "json", "data_files": ["rows.jsonl"]}, {"path": "rows.jsonl"}],
+        "bapo": {"keep": {"prompts": "p.txt"}, "retention": {"prompts": 4}},
+    }
+    folder = make(tmp_path / "one/out")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
+    record = {"config": config, "directory": str(tmp_path / "one")}
+    (folder / "bapo_run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_names_are_those_of_where_the_run_started(tmp_path, monkeypatch):
+    folder, one = two_projects(tmp_path), tmp_path / "one"
+    monkeypatch.chdir(tmp_path / "two")
+    found = runs.recorded_config(folder)
+    assert found["base_model"] == str(one / "m") == runs.base_model(folder)
+    files, named = found["datasets"]
+    assert files["data_files"] == [str(one / "rows.jsonl")]
+    assert named["path"] == str(one / "rows.jsonl")
+    assert found["bapo"]["keep"]["prompts"] == str(one / "p.txt")
+    monkeypatch.chdir(one)  # there they stay as they were written
+    assert runs.recorded_config(folder)["base_model"] == "m"
+    (one / "m").rmdir()  # nothing is there any more
+    monkeypatch.chdir(tmp_path / "two")
+    assert runs.recorded_config(folder)["base_model"] == "m"
+
+
+def test_what_an_adapter_names_now_counts_where_the_model_has_moved(tmp_path):
+    folder = two_projects(tmp_path)
+    (tmp_path / "one/m").rename(tmp_path / "moved")
+    settings = {"base_model_name_or_path": str(tmp_path / "moved")}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert runs.base_model(folder) == str(tmp_path / "moved")
+
+
+def test_one_place_has_several_names(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    a = {"base_model": "m", "load_in_4bit": False, "chat_template": "tokenizer_default"}
+    assert list(runs.differing(a, {"base_model": str(tmp_path / "m")})) == []
+    others = {"base_model": "other/m", "load_in_4bit": True, "bapo": {"reference": "base"}}
+    assert [key for _, key, *_ in runs.differing(a, others)] == [
+        *("base_model", "base_model_config", "bapo.reference", "tokenizer_config", "load_in_4bit"),
+    ]
 
 
 def test_an_adapter_without_a_record_is_not_judged(tmp_path):

@@ -16,8 +16,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 import bapo_plugin
 from bapo_plugin.compat import only_reading
 from bapo_plugin.config import is_active, not_bapo
-from bapo_plugin.network import is_there
-from bapo_plugin.runs import without_secrets
+from bapo_plugin.runs import is_there, without_secrets
 from bapo_plugin.yaml_files import repeated_keys
 
 _OURS = "axolotl.bapo_plugin"

@@ -8,12 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from bapo_plugin.commands.export.result import Command, Result, size
-from bapo_plugin.commands.export.source import (
-    TOKENIZER_FILES,
-    Source,
-    compare_templates,
-    is_hub_name,
-)
+from bapo_plugin.commands.export.source import TOKENIZER_FILES, Source, compare_templates
+from bapo_plugin.runs import is_hub_name
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")

@@ -1,6 +1,5 @@
 """What is exported: the folder of a run, the model below its adapter, and the chat template that it was trained with."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +9,13 @@ from typing import Any
 import yaml
 
 from bapo_plugin.runs import (
+    adapter_settings,
+    base_model,
     check_adapter,
+    check_whole,
     has_adapter,
     is_finished,
+    is_hub_name,
     recorded_config,
     unfinished,
 )
@@ -118,6 +121,8 @@ class Source:
             raise ValueError(
                 f"base model: {folder} has no config.json; name its folder with --base"
             )
+        for path in folder.glob("*.safetensors"):
+            check_whole(path)
         return folder
 
     def _cached(self) -> Path:
@@ -178,23 +183,13 @@ def read_source(target: Path, base: str | None = None) -> Source:
     folder = _output_dir(target) if target.suffix in (".yml", ".yaml") else target
     config = recorded_config(folder) or {}
     if not has_adapter(folder) and _is_whole(folder):
+        for path in folder.glob("*.safetensors"):
+            check_whole(path)
         return Source(folder, None, config, str(folder), None)
     check_adapter(folder)
-    path = folder / "adapter_config.json"
-    try:
-        adapter = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); train again or restore it") from None
-    named = adapter.get("base_model_name_or_path") or ""
-    if not Path(named).is_dir() and config.get("base_model"):
-        named = config["base_model"]  # a relative folder: the record knows where it was relative to
+    adapter = adapter_settings(folder)
     revision = None if base else config.get("revision_of_model") or adapter.get("revision")
-    return Source(folder, adapter, config, base or named, revision)
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model's name is one that the hub could have, and no folder of this machine."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and not Path(name).exists()
+    return Source(folder, adapter, config, base or base_model(folder), revision)
 
 
 def chat_template(folder: Path | None, trust: bool) -> str | None:

@@ -15,9 +15,9 @@ from bapo_plugin.commands.export.source import (
     Source,
     Template,
     compare_templates,
-    is_hub_name,
 )
 from bapo_plugin.files import whole_folder, write_whole
+from bapo_plugin.runs import is_hub_name, same_place
 
 # of --max-lora-rank, from the smallest that fits
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -140,8 +140,12 @@ def _no(source: Source, reason: str) -> str:
 
 
 def _check_together(sources: Sequence[Source], templates: Sequence[Template]) -> None:
+    first, *others = sources
     bases = {(source.base, source.revision) for source in sources}
-    if len(bases) > 1:
+    if any(
+        not same_place(first.base, other.base) or first.revision != other.revision
+        for other in others
+    ):
         shown = ", ".join(
             f"{base} {revision or ''}".strip() for base, revision in sorted(bases, key=str)
         )

@@ -8,31 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bapo_plugin.checks import check_config
-from bapo_plugin.runs import secrets_in
+from bapo_plugin.runs import differing, secrets_in
 from bapo_plugin.yaml_files import read_yaml, repeated_keys
 
 CONFIG = "config.yml"
-# what must be the same for adapters of one loaded model; a test holds it to what `models` knows of loading
-SAME = {
-    "the model": (
-        *("base_model", "base_model_config", "revision_of_model", "type_of_model"),
-        *("overrides_of_model_config", "overrides_of_model_kwargs", "resize_token_embeddings_to_32x"),
-        *("attn_implementation", "experts_implementation"),
-    ),
-    "the adapter it starts from": ("lora_model_dir", "bapo.reference"),
-    "the kind of adapter": ("adapter",),
-    "the tokenizer": (
-        *("tokenizer_config", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy"),
-        *("special_tokens", "tokens", "added_tokens_overrides"),
-    ),
-    "the chat template": ("chat_template", "chat_template_jinja", "chat_template_kwargs"),
-    "quantisation or precision": (
-        *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "torch_dtype"),
-        *("model_quantization_config", "model_quantization_config_kwargs"),
-        *("bf16", "fp16", "bfloat16", "float16"),
-    ),
-}  # fmt: skip
-_DEFAULTS = {"bapo.reference": "start"}
 _NAME = re.compile(r"\w(?:[\w .-]{0,98}[\w-])?")
 
 
@@ -130,14 +109,11 @@ def has_entries(value: Any) -> bool:
 
 
 def _check(where: str, base: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
-    for what, keys in SAME.items():
-        for key in keys:
-            before, after = _value(base, key), _value(merged, key)
-            if before != after:
-                raise ValueError(
-                    f"{where}: {key}: {after!r} changes {what} (it is {before!r} for all), and then its adapter can't be compared with "
-                    "the others in one loaded model; remove the line, or train it by itself with `axolotl train`"
-                )
+    for what, key, before, after in differing(base, merged):
+        raise ValueError(
+            f"{where}: {key}: {after!r} changes {what} (it is {before!r} for all), and then its adapter can't be compared with "
+            "the others in one loaded model; remove the line, or train it by itself with `axolotl train`"
+        )
     if str(merged.get("rl") or "").lower() != "bapo":
         raise ValueError(
             f"{where}: rl: {merged.get('rl')!r} must be bapo; with `bapo: {{anchor_weight: 0}}` that is DPO"
@@ -159,11 +135,3 @@ def _check(where: str, base: Mapping[str, Any], merged: Mapping[str, Any]) -> No
         check_config(copy.deepcopy(dict(merged)))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    """Of a key, dotted where it is inside a block; false, nothing and the default are the same."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value or _DEFAULTS.get(key)

@@ -1,5 +1,6 @@
 """What `bapo chat` does: the model before training and after it, side by side, in one conversation each."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,8 +36,9 @@ def chat(
         json_to: write an object a prompt here, {"prompt", "before", "after": {adapter: answer}}, and nothing else.
 
     Raises:
-        ValueError: no adapter, or a tokenizer without a chat template.
+        ValueError: no adapter, a tokenizer without a chat template, or a prompt that isn't UTF-8 text.
     """
+    prompts = [_text(prompt, "--prompt") for prompt in prompts]
     config, folders = split_targets(targets)
     subject = load_subject(config, folders, load_in_4bit)
     talk = Talk(subject, max_new_tokens)
@@ -91,9 +93,31 @@ class Talk:
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:
-    for line in file:
+    lines = iter(file)
+    for number in itertools.count(1):
+        try:
+            line = next(lines, None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8 text ({error}); save it as UTF-8") from None
+        if line is None:
+            return
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if line.strip():
-            yield line.strip()
+            yield _text(line.strip(), f"stdin, line {number}")
+
+
+def _text(words: str, of: str) -> str:
+    """Words as they are; bytes that are no UTF-8 have become half characters, which no tokenizer takes.
+
+    Raises:
+        ValueError: they hold some.
+    """
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{of}: {words[:100]!r} is not UTF-8 text; write it as UTF-8") from None
+    return words
 
 
 def _typed() -> Iterator[str]:
@@ -105,7 +129,7 @@ def _typed() -> Iterator[str]:
         if line == "/quit":
             return
         if line:
-            yield line
+            yield _text(line, "the message")
 
 
 def _printer(adapters: int) -> Any:

@@ -73,6 +73,22 @@ def test_stdin_of_a_script_is_read_line_by_line(folder):
     assert result.output.count("before: ") == result.output.count("after: ") == 2
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(folder):
+    result = run(folder / "mine", text="\ufeffwhat is gold\n")
+    assert result.exit_code == 0 and "> what is gold\n" in result.output, result.output
+
+
+def test_text_that_is_not_utf8_is_said(folder, monkeypatch, subject):
+    monkeypatch.setattr(command, "load_subject", lambda *args: subject)
+    with pytest.raises(ValueError, match="--prompt: .* is not UTF-8 text"):
+        command.chat([folder / "mine"], ["caf\udce9"], max_new_tokens=4)
+    for errors, said in (("strict", "stdin is not UTF-8"), ("surrogateescape", "stdin, line 2: ")):
+        lines = io.TextIOWrapper(io.BytesIO(b"what is gold\ncaf\xe9\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", lines)
+        with pytest.raises(ValueError, match=said):
+            command.chat([folder / "mine"], max_new_tokens=4)
+
+
 def test_a_folder_without_weights_is_an_error(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     result = run(tmp_path, "-p", "hello")

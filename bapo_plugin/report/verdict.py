@@ -55,6 +55,12 @@ def _kept(run: Run) -> str:
         if not isinstance(after, dict) or len(after) != 1:
             continue
         (metrics,) = after.values()
+        drift = metrics.get("drift") if isinstance(metrics, dict) else None
+        if isinstance(drift, dict) and "value" in drift and math.isnan(_value(metrics, "drift")):
+            return (
+                f"Broken: {whose} have no finite drift, so that the model's weights or its logits hold what is no number; train it "
+                "again with a lower learning_rate"
+            )
         lost, worst = _value(metrics, "lost"), _value(metrics, "worst_tenth")
         if math.isnan(lost):
             continue

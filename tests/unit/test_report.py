@@ -539,6 +539,18 @@ def test_the_first_glance_says_what_was_learned_and_kept(tmp_path, accuracy, los
     assert learned in text and said in text and "the worst tenth drifted by −3.25 nats" in text
 
 
+def test_a_model_that_gives_no_numbers_is_broken(tmp_path):
+    """As older versions wrote it: no answer is below -2 nats, for NaN is below nothing."""
+    run = make_state(tmp_path / "run", [{"step": 1, "loss": 0.5}])
+    part = kept(0.0, float("nan")) | {"drift": {"value": float("nan"), "se": None}}
+    add_evaluation(run, probe={"prompts": 48, "after": {"a": part}})
+    write_report([run], tmp_path / "r.html")
+    text = Page(tmp_path / "r.html").text
+    assert (
+        "Broken: answers to unrelated prompts have no finite drift" in text and "Kept" not in text
+    )
+
+
 def test_the_first_glance_says_what_was_not_measured(tmp_path):
     run = make_state(tmp_path / "run", [{"step": 1, "loss": 0.5, "rewards/accuracies": 0.75}])
     write_report([run], tmp_path / "r.html")

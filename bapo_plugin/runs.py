@@ -194,6 +194,20 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
+def recorded_held_out(folder: Path) -> tuple[int | None, str | None]:
+    """How many rows the run held out that wrote a folder, and the digest of their prompts (`rows.held_out`); None where it
+    isn't recorded.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    place = _recorded_in(folder)
+    record = _record(place) if place else {}
+    rows = record.get("rows")
+    count = rows.get("eval", 0) if isinstance(rows, dict) and "train" in rows else None
+    return count, record.get("held_out")
+
+
 def _recorded_in(folder: Path) -> Path | None:
     """Where the record of the run lies that wrote a folder."""
     places = (folder.resolve(), folder.resolve().parent)

@@ -8,7 +8,7 @@ For a prompt x and the answer y that the reference model gave to it, before trai
 
 A model that forgot nothing has 0, 1 and 0. Gains of some answers make up for losses of others in a mean drift, so two more
 numbers say what was lost: the share of answers that lost more than 2 nats (they are less than 1/7 as likely as before), and
-the mean drift of the worst tenth. `bapo.retention` logs them in training, `bapo eval` measures a
+the mean drift of the worst tenth. An answer without a finite drift, of a broken model, is lost. `bapo.retention` logs them in training, `bapo eval` measures a
 finished run.
 """
 
@@ -45,15 +45,23 @@ class Retention:
         """name -> {"value": mean over answers, "se": its standard error}: drift (nats an answer),
         drift_per_token (nats), lost (share of answers with a drift below -2 nats), worst_tenth (mean drift of
         the worst tenth, nats), agreement (share), kl (nats a token)."""
+        drift = self.drift.where(
+            self.drift.isfinite(), -math.inf
+        )  # NaN would be sorted as the best
         parts = {
             "drift": self.drift,
             "drift_per_token": self.drift / self.tokens,
-            "lost": (self.drift < LOST).double(),
-            "worst_tenth": self.drift.sort().values[: math.ceil(len(self.drift) / 10)],
+            "lost": self.lost.double(),
+            "worst_tenth": drift.sort().values[: math.ceil(len(drift) / 10)],
             "agreement": self.agreement,
             "kl": self.kl,
         }
         return {name: mean_and_error(values) for name, values in parts.items()}
+
+    @property
+    def lost(self) -> Tensor:
+        """Which answers are, [n] bool."""
+        return ~((self.drift >= LOST) & self.drift.isfinite())
 
     def part(self, which: slice) -> "Retention":
         """Of some of the answers."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from bapo_plugin import __version__
 from bapo_plugin.files import whole, write_whole
+from bapo_plugin.rows.held_out import prompts_digest
 from bapo_plugin.runs import RECORD, STATE, without_secrets
 from bapo_plugin.training.outputs import ELSEWHERE
 
@@ -31,16 +33,24 @@ class RunRecord(TrainerCallback):
         config: settings to show; the plugin puts the user's YAML here.
         model: name of the model.
         rows: split -> number of rows.
+        held_out: digest of the held-out prompts, where there are any with their text.
     """
 
     # seconds between two writes of the log, and the most of all time that they may take: the log grows with the run
     EVERY = 10.0
     SHARE = 0.01
 
-    def __init__(self, config: Mapping[str, Any], model: str, rows: Mapping[str, int]):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        model: str,
+        rows: Mapping[str, int],
+        held_out: str | None = None,
+    ):
         self.config = dict(config)
         self._model = model
         self._rows = dict(rows)
+        self._held_out = held_out
         #: whether training came to its end, be it that of `bapo.retention.stop_below`
         self.finished = False
         #: between the first step and the end
@@ -60,6 +70,7 @@ class RunRecord(TrainerCallback):
             "directory": os.getcwd(),  # relative names in the configuration start there
             "model": self._model,
             "rows": self._rows,
+            "held_out": self._held_out,
             "versions": {"axolotl-plugin-bapo": __version__}
             | {name: version(name) for name in names},
             "finished": self.finished,
@@ -97,7 +108,16 @@ class RunRecord(TrainerCallback):
         self._due = now + max(self.EVERY, (now - started) / self.SHARE)
 
 
-def settings_of(trainer: "BAPOTrainer") -> dict[str, Any]:
+def record_of(trainer: "BAPOTrainer") -> RunRecord:
+    """The record of a trainer's run."""
+    rows = trainer.eval_dataset
+    # of several sets, or of rows without text, there is none
+    held_out = prompts_digest(rows) if isinstance(rows, Dataset) else None
+    model = trainer.model.config.name_or_path
+    return RunRecord(_settings(trainer), model, _rows(trainer), held_out)
+
+
+def _settings(trainer: "BAPOTrainer") -> dict[str, Any]:
     """For the record of a run without YAML."""
     names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size")
     names += ("gradient_accumulation_steps", "lr_scheduler_type", "optim", "seed")
@@ -110,7 +130,7 @@ def settings_of(trainer: "BAPOTrainer") -> dict[str, Any]:
     }
 
 
-def rows_of(trainer: "BAPOTrainer") -> dict[str, int]:
+def _rows(trainer: "BAPOTrainer") -> dict[str, int]:
     """Split -> number of rows."""
     sets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     return {

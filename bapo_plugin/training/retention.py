@@ -1,5 +1,6 @@
 """Watches, while training, how much of the model is left, and can stop the run."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -74,7 +75,8 @@ class RetentionCallback(TrainerCallback):
         self._trainer.log({f"retention/{name}": value for name, value in found.items()})
         control.should_log = should_log
         limit = self._config.stop_below
-        if limit is not None and not found["drift"] >= limit:  # NaN stops too
+        # what is no finite number is lost
+        if limit is not None and not limit <= found["drift"] < math.inf:
             LOG.warning(
                 f"Stopping at step {state.global_step}: former answers have drifted by {found['drift']:.2f} nats on "
                 f"average, and bapo.retention.stop_below is {limit}"

@@ -36,7 +36,7 @@ from bapo_plugin.scoring.collator import (
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import LateCollator, compute_dtype
 from bapo_plugin.training import adapters
-from bapo_plugin.training.callbacks import RunRecord, rows_of, settings_of
+from bapo_plugin.training.callbacks import record_of
 from bapo_plugin.training.checkpoints import saving_checkpoint, whole_checkpoint
 from bapo_plugin.training.keep import Keeper
 from bapo_plugin.training.layout import WhenSharded, choose_layout, tell_what_sharing_saves
@@ -179,7 +179,7 @@ class BAPOTrainer(AxolotlDPOTrainer):
         self.throughput = Throughput(self.accelerator)
         if self.bapo.retention is not None:
             self.add_callback(RetentionCallback(self, self.bapo.retention))
-        self.record = RunRecord(settings_of(self), self.model.config.name_or_path, rows_of(self))
+        self.record = record_of(self)
         self.add_callback(self.record)
         leave_base_model_out(self)
 

@@ -1,18 +1,22 @@
 """Retention: what it measures, and watching it in training."""
 
 import json
+import math
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import bapo_trainer, lora_model, randomize_lora
 from tiny import make_model, make_rows, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 from bapo_plugin.answers.prompts import Asker, held_out_answers, read_prompts
+from bapo_plugin.rows.held_out import prompts_digest
 from bapo_plugin.scoring import retention
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.reference import reference_mode
-from bapo_plugin.scoring.retention import measure
+from bapo_plugin.scoring.retention import Retention, measure
+from bapo_plugin.training.retention import RetentionCallback
 
 CHATS = [[{"role": "user", "content": row["prompt"]}] for row in make_rows(6)]
 
@@ -292,6 +296,39 @@ def test_bad_settings_name_the_key(settings, message):
 
     with pytest.raises(ValueError, match=message):
         parse_block({"retention": settings})
+
+
+def test_what_is_no_number_is_lost():
+    one = torch.ones(20, dtype=torch.float64)
+    drift = one.clone()
+    drift[[3, 5]], drift[7] = math.nan, math.inf
+    found = Retention(one, drift, one, one).summary()
+    assert found["lost"]["value"] == pytest.approx(3 / 20)
+    assert found["worst_tenth"]["value"] == -math.inf
+
+
+@pytest.mark.parametrize("drift, stops", [(math.nan, True), (math.inf, True), (-0.5, False)])
+def test_a_drift_that_is_no_number_stops_the_run(tmp_path, monkeypatch, drift, stops):
+    monkeypatch.setattr(RetentionCallback, "measure", lambda self: {"drift": drift})
+    trainer = bapo_trainer(
+        tmp_path,
+        eval_rows=make_rows(3, seed=9),
+        bapo={"retention": {"prompts": 3, "every": 1, "stop_below": -1.0}},
+        max_steps=2,
+    )
+    trainer.train()
+    assert trainer.state.global_step == (1 if stops else 2)
+
+
+def test_which_rows_were_held_out_is_recorded(tmp_path):
+    held_out = make_rows(5, seed=9)
+    trainer = bapo_trainer(tmp_path, eval_rows=held_out, max_steps=1)
+    trainer.train()
+    record = json.loads((tmp_path / "out/bapo_run.json").read_text())
+    digest = prompts_digest(Dataset.from_list(held_out[::-1]))  # in any order
+    assert record["held_out"] == digest and record["rows"]["eval"] == 5
+    for others in (held_out[:-1], [*held_out, held_out[0]], make_rows(5, seed=8)):
+        assert prompts_digest(Dataset.from_list(others)) != digest
 
 
 def test_the_run_is_recorded_while_it_goes_on(tmp_path):

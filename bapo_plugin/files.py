@@ -61,7 +61,7 @@ def whole(path: Path, instead: str) -> Iterator[Path]:
         NotWritten: it can't be written.
     """
     with writing(path, instead):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, instead)
         partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}")
         try:
             yield partial
@@ -82,7 +82,7 @@ def whole_folder(path: Path, instead: str) -> Iterator[Path]:
         NotWritten: it can't be written.
     """
     with writing(path, instead):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, instead)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             yield folder
@@ -148,12 +148,28 @@ def must_be_writable(folder: Path, instead: str) -> None:
 
     Raises:
         NotWritten: it isn't.
+        ValueError: it is a file.
     """
     probe = folder / f".bapo-writable.{os.getpid()}"
     with writing(folder, instead):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, instead)
         probe.touch()
         probe.unlink()
+
+
+def _make(folder: Path, instead: str) -> None:
+    """A folder with those above it.
+
+    Raises:
+        ValueError: one of them is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(place for place in (folder, *folder.parents) if place.exists())
+        raise ValueError(
+            f"{folder} can't be a folder: {file} is a file. Move it away, or {instead}"
+        ) from None
 
 
 def _sentences(path: Path, number: int, instead: str) -> str:

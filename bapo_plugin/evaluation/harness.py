@@ -2,13 +2,17 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bapo_plugin.answers.transformers import autocast
 from bapo_plugin.evaluation import local
+from bapo_plugin.evaluation.refusals import check_finite
 from bapo_plugin.evaluation.subject import Subject
 from bapo_plugin.evaluation.task_results import compare_tasks
 
@@ -105,7 +109,11 @@ def run_tasks(
     batch_size: int,
     chat: bool,
 ) -> list[dict[str, Any]]:
-    """The tasks before and after; see `compare_tasks`."""
+    """The tasks before and after; see `compare_tasks`.
+
+    Raises:
+        ValueError: a log-prob is NaN.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -126,5 +134,26 @@ def run_tasks(
             )
 
     before = run(subject.before)
-    after = {name: run(lambda name=name: subject.after(name)) for name in subject.adapters}
+    _check_finite(before, None)
+    after = {}
+    for name in subject.adapters:
+        after[name] = run(lambda name=name: subject.after(name))
+        _check_finite(after[name], name)
     return compare_tasks(before, after)
+
+
+def _check_finite(results: dict[str, Any], whose: str | None) -> None:
+    """Log-probs of a task: lm-eval takes NaN for the likeliest answer or the unlikeliest, without a word."""
+    for task, samples in results["samples"].items():
+        numbers = [number for sample in samples for number in _numbers(sample["resps"])]
+        # a token may well be impossible
+        known = [0.0 if math.isinf(number) else number for number in numbers]
+        check_finite(torch.tensor(known), whose, f"log-probs of {task}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)

@@ -17,6 +17,7 @@ from bapo_plugin.blocks import UNRELATED
 from bapo_plugin.compat import only_reading
 from bapo_plugin.evaluation.output import markdown_table, write_result
 from bapo_plugin.evaluation.pairs import pair_margins
+from bapo_plugin.evaluation.refusals import check_held_out
 from bapo_plugin.evaluation.run import asked_before, measure_retention
 from bapo_plugin.evaluation.subject import Subject, load_run
 from bapo_plugin.models import WHOLE
@@ -75,6 +76,7 @@ def _held_out(name: str, path: Path, tokenizer: Any) -> list[dict[str, Any]]:
         raise ValueError(
             f"{name}: there are no held-out rows; set val_set_size or test_datasets in {path}"
         )
+    check_held_out(rows, Path(cfg.output_dir))
     return list(rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]))
 
 

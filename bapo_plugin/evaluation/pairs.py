@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bapo_plugin.answers.transformers import autocast
+from bapo_plugin.evaluation.refusals import check_finite
 from bapo_plugin.evaluation.subject import Subject
 from bapo_plugin.scoring.collator import pad_sequences
 from bapo_plugin.scoring.forward import ResponseForward
@@ -38,6 +39,9 @@ def pair_margins(
 
     Returns:
         name of a set -> adapter -> margins, nats, [n] fp64, in the order of the rows.
+
+    Raises:
+        ValueError: a log-prob isn't finite.
     """
     numbers: dict[Sequence_, int] = {}  # what sets share is scored once
     places = {
@@ -58,10 +62,12 @@ def pair_margins(
     with tqdm(total=total, desc="Held-out pairs", unit="response") as bar:
         with subject.before():
             before = _logps(subject, forward, sequences, bar)
+        check_finite(before, None, "responses of held-out pairs")
         gains = {}
         for adapter in subject.adapters:
             with subject.after(adapter):
                 gains[adapter] = _logps(subject, forward, sequences, bar) - before
+            check_finite(gains[adapter], adapter, "responses of held-out pairs")
     return {
         name: {a: gain[place[:, 0]] - gain[place[:, 1]] for a, gain in gains.items()}
         for name, place in places.items()

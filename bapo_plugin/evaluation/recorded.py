@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bapo_plugin.answers.prompts import FormerAnswer
-from bapo_plugin.scoring.retention import LOST, Retention, mean_and_error
+from bapo_plugin.scoring.retention import Retention, mean_and_error
 
 _NGRAM = 4
 
@@ -85,7 +85,7 @@ def recorded_answers(
             "after": {
                 name: {
                     "drift": kept.drift.tolist(),
-                    "lost": (kept.drift < LOST).double().tolist(),
+                    "lost": kept.lost.double().tolist(),
                     "agreement": kept.agreement.tolist(),
                     "kl": kept.kl.tolist(),
                 }

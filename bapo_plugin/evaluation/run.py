@@ -20,12 +20,19 @@ from bapo_plugin.evaluation.harness import find_tasks, run_tasks
 from bapo_plugin.evaluation.output import ELSEWHERE, print_table, write
 from bapo_plugin.evaluation.pairs import COLUMNS, pair_margins
 from bapo_plugin.evaluation.recorded import digest, recorded_answers, recorded_pairs
+from bapo_plugin.evaluation.refusals import (
+    check_finite,
+    check_held_out,
+    names_others,
+    warn_of_others,
+)
 from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 from bapo_plugin.files import must_be_writable
 from bapo_plugin.prepare import kept_of, prepare_rows
-from bapo_plugin.runs import weights_digest
+from bapo_plugin.runs import recorded_config, weights_digest
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
+from bapo_plugin.yaml_files import read_yaml
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -75,11 +82,14 @@ def evaluate(
     is_asked = bool(probe)
     if probe is None:
         probe = prompts is None and not tasks and not data
-    if prompts is None and not tasks and not data and not config and not probe:
+    nothing = prompts is None and not tasks and not data and not config and not probe
+    # the record of a run names its held-out rows
+    if nothing and not any(map(recorded_config, folders)):
         raise ValueError(
             "nothing to measure: name --prompts FILE, --tasks, or the YAML of a BAPO run"
         )
-    chats = read_prompts(prompts) if prompts and not prompts.isdigit() else None
+    count = _count(prompts)
+    chats = read_prompts(prompts) if prompts is not None and count is None else None
     manager, names = find_tasks(tasks, data) if tasks or data else (None, [])
     subject = load_subject(config, folders, load_in_4bit, scales)
     # an adapter that is scaled too has one folder
@@ -89,8 +99,7 @@ def evaluate(
     rows = None
     if pairs or chats is None:
         required = pairs or prompts is not None or not (tasks or probe)
-        rows = _held_out_rows(subject, required)
-    count = int(prompts) if prompts and chats is None else None
+        rows = _held_out_rows(subject, required, config)
     if chats is not None:
         answers = asked_before(subject, chats, max_new_tokens)
     else:
@@ -165,11 +174,26 @@ def _warn_of_kept(subject: Subject, name: str | None, chats: list[Chat]) -> None
         )
 
 
-def _held_out_rows(subject: Subject, required: bool) -> Dataset | None:
+def _count(prompts: str | None) -> int | None:
+    """Of held-out rows, where --prompts is a number.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if prompts is None or not prompts.isdecimal():
+        return None
+    if count := int(prompts):
+        return count
+    raise ValueError(
+        f"--prompts: {prompts} asks nothing; name a number from 1 on, or leave it out for all"
+    )
+
+
+def _held_out_rows(subject: Subject, required: bool, config: Path | None) -> Dataset | None:
     """Tokenised held-out rows of the YAML; None where there are none and none are required.
 
     Raises:
-        ValueError: they are required.
+        ValueError: they are required, or aren't those that training held out.
     """
     if subject.cfg is None or not is_active(subject.cfg):
         if not required:
@@ -183,6 +207,11 @@ def _held_out_rows(subject: Subject, required: bool) -> Dataset | None:
             "there are no held-out rows: set val_set_size or test_datasets, or name a file with prompts "
             "(--prompts)"
         )
+    if rows is not None:
+        folder = Path(subject.cfg.output_dir)
+        if config is None or not names_others(read_yaml(config), folder):
+            check_held_out(rows, folder)
+        warn_of_others(rows, folder, dict.fromkeys(a.folder for a in subject.adapters.values()))
     return rows
 
 
@@ -213,7 +242,11 @@ def asked_before(subject: Subject, chats: list[Chat], max_new_tokens: int) -> li
 
 
 def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict[str, Retention]:
-    """What each adapter of the subject has kept of former answers, with a progress bar; by the adapter's name."""
+    """What each adapter of the subject has kept of former answers, with a progress bar; by the adapter's name.
+
+    Raises:
+        ValueError: a drift isn't finite.
+    """
 
     def scorer(state: Callable[[], AbstractContextManager]) -> Callable[[dict], torch.Tensor]:
         def score(batch: dict) -> torch.Tensor:
@@ -223,7 +256,7 @@ def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict
         return score
 
     with tqdm(total=len(answers), desc="Retention", unit="answer") as bar:
-        return measure(
+        found = measure(
             answers,
             scorer(subject.before),
             {name: scorer(lambda name=name: subject.after(name)) for name in subject.adapters},
@@ -232,6 +265,9 @@ def measure_retention(subject: Subject, answers: Sequence[FormerAnswer]) -> dict
             device=subject.model.device,
             on_answers=bar.update,
         )
+    for name, kept in found.items():
+        check_finite(kept.drift, name, "drift of former answers")
+    return found
 
 
 def _measure_answers(

@@ -1,6 +1,6 @@
 """The model that `bapo eval` measures: loaded once, quantised as in training, with its adapters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -19,10 +19,25 @@ from bapo_plugin.answers.prompts import Asker
 from bapo_plugin.answers.stops import own_stops
 from bapo_plugin.compat import keep_4bit_trainable_on_cpu, only_reading
 from bapo_plugin.config import is_active, parse_block
+from bapo_plugin.evaluation.refusals import (
+    LOADED,
+    model_is_found,
+    must_be_alike,
+    must_be_finite,
+    must_be_of,
+)
 from bapo_plugin.evaluation.scaled import check_scalable
 from bapo_plugin.models import WHOLE, load_reference, reference_adapter
 from bapo_plugin.opening import template_date
-from bapo_plugin.runs import RECORD, check_adapter, recorded_config, unfinished
+from bapo_plugin.runs import (
+    RECORD,
+    base_model,
+    check_adapter,
+    recorded_config,
+    same_place,
+    unfinished,
+)
+from bapo_plugin.yaml_files import read_yaml
 
 LOG = get_logger("axolotl." + __name__)
 
@@ -128,11 +143,12 @@ def load_run(config: Path, folders: list[Path], scales: Sequence[float] = ()) ->
         scales: each adapter is measured at these too.
 
     Raises:
-        ValueError: there is no such file, no adapter, or one that can't be scaled.
+        ValueError: there is no such file, no adapter, one of another model, or one that can't be scaled.
     """
     if not config.is_file():
         raise ValueError(f"there is no file {config}")
-    return _load(str(config), str(config), folders, scales)
+    given = read_yaml(config)
+    return _load(given, str(config), str(config), folders, scales)
 
 
 def load_adapters(
@@ -146,23 +162,28 @@ def load_adapters(
         scales: each adapter is measured at these too.
 
     Raises:
-        ValueError: they belong to different models, or one can't be scaled.
+        ValueError: they belong to different models or were trained on one loaded otherwise, or one can't be scaled.
     """
     adapters = _check_adapters(folders, scales)
-    bases = {
-        str(folder): PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        for folder in adapters.values()
-    }
-    if len(set(bases.values())) > 1:
+    first, *others = adapters.values()
+    bases = {str(folder): base_model(folder) for folder in adapters.values()}
+    if not all(same_place(bases[str(first)], base) for base in bases.values()):
         pairs = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
         raise ValueError(f"the adapters belong to different models ({pairs}); evaluate them apart")
-    (base,) = set(bases.values())
-    first = next(iter(adapters.values()))
-    if config := recorded_config(first):
+    base = bases[str(first)]
+    records = {f: config for f in (first, *others) if (config := recorded_config(f))}
+    if records:
+        recorded, config = next(iter(records.items()))
+        config["base_model"] = bases[str(recorded)]
+        for folder, other in records.items():
+            other["base_model"] = config["base_model"]  # the same, perhaps by another name
+            left_out = LOADED if load_in_4bit is not None else ()
+            must_be_alike(str(recorded), config, folder, other, left_out, "evaluate them apart")
         if load_in_4bit is not None:
             config |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
             config["adapter"] = "qlora" if load_in_4bit else "lora"
-        return _load(DictDefault(config), f"the record of {first}", list(folders), scales)
+        name = f"the record of {recorded}"
+        return _load(config, DictDefault(config), name, list(folders), scales)
     if load_in_4bit is None:
         LOG.warning(
             f"{first} has no record of its run ({RECORD}): the model is loaded without quantisation; name the run's YAML, "
@@ -176,36 +197,54 @@ def load_adapters(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        device_map={"": 0} if cuda else None,
-        quantization_config=quantization if load_in_4bit else None,
-    )
-    has_tokenizer = (first / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(first) if has_tokenizer else base)
+    with model_is_found(base, str(first)):
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            device_map={"": 0} if cuda else None,
+            quantization_config=quantization if load_in_4bit else None,
+        )
+        has_tokenizer = (first / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(first) if has_tokenizer else base)
     return _with_adapters(model, tokenizer, adapters, scales, None, None)
 
 
-def _load(config: Any, name: str, folders: list[Path], scales: Sequence[float]) -> Subject:
-    with only_reading():
-        cfg = load_cfg(config, **WHOLE)
-    if not isinstance(config, str):
-        Path(cfg.axolotl_config_path).unlink(missing_ok=True)  # axolotl wrote it to read it again
-    if not cfg.adapter:
-        raise ValueError(
-            f"{name} trains without an adapter: before and after are two models then; compare them with lm_eval"
-        )
-    cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
-    adapters = _check_adapters(folders or [Path(cfg.output_dir)], scales)
-    start = reference_adapter(cfg) if is_active(cfg) else None
-    if start and scales:
-        raise ValueError(
-            f"--scale: {name} went on training the adapter {start}, so that a scaled adapter isn't on the way from "
-            "before to after; evaluate it without --scale"
-        )
-    tokenizer = load_tokenizer(cfg)
-    model = load_reference(cfg, tokenizer, None)
+def _load(
+    given: Mapping[str, Any],
+    config: str | DictDefault,
+    name: str,
+    folders: list[Path],
+    scales: Sequence[float],
+) -> Subject:
+    """
+    Args:
+        given: the settings as they were written.
+        config: what axolotl reads of them: the path of the YAML, or all of them.
+        name: of them, for messages.
+    """
+    base = str(given.get("base_model") or "")
+    with model_is_found(base, name):
+        with only_reading():
+            cfg = load_cfg(config, **WHOLE)
+        if not isinstance(config, str):
+            # axolotl wrote it to read it again
+            Path(cfg.axolotl_config_path).unlink(missing_ok=True)
+        if not cfg.adapter:
+            raise ValueError(
+                f"{name} trains without an adapter: before and after are two models then; compare them with lm_eval"
+            )
+        cfg.rl = "dpo"  # axolotl leaves the adapter to the trainer then, and loads the bare model
+        adapters = _check_adapters(folders or [Path(cfg.output_dir)], scales)
+        for folder in adapters.values() if isinstance(config, str) else ():
+            must_be_of(folder, given, name)
+        start = reference_adapter(cfg) if is_active(cfg) else None
+        if start and scales:
+            raise ValueError(
+                f"--scale: {name} went on training the adapter {start}, so that a scaled adapter isn't on the way from "
+                "before to after; evaluate it without --scale"
+            )
+        tokenizer = load_tokenizer(cfg)
+        model = load_reference(cfg, tokenizer, None)
     return _with_adapters(model, tokenizer, adapters, scales, start, cfg)
 
 
@@ -244,6 +283,7 @@ def _with_adapters(
     keep_4bit_trainable_on_cpu(model)
     shown = {}
     for name, folder in adapters.items():
+        must_be_finite(model, inside[name], folder)
         shown[name] = Adapter(inside[name], folder)
         for scale in scales:
             shown[f"{name} × {str(scale).removesuffix('.0')}"] = Adapter(

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from bapo_plugin import BAPOConfig, BAPOTrainer
 from bapo_plugin.cli import app
 from bapo_plugin.prepare import prepare_rows
+from bapo_plugin.rows.held_out import prompts_digest
 
 
 def bapo(*args):
@@ -42,6 +43,7 @@ def train(folder, name, weight):
     config = yaml.safe_load(path.read_text()) | {"hub_token": f"hf_{name}"}
     rows = {"train": len(rows), "eval": len(held_out)}
     record = {"config": config, "directory": str(folder), "finished": True, "rows": rows}
+    record["held_out"] = prompts_digest(held_out)
     (folder / name / "bapo_run.json").write_text(json.dumps(record))
 
 
@@ -298,3 +300,114 @@ def test_one_row_says_nothing(copies):
     found = json.loads(result.stdout)
     assert found["measures"]["drift"]["difference_se"] is None
     assert "from one pair nothing can be said" in found["conclusions"][0]
+
+
+# ---------------------------------------------------------------- what eval refuses of runs
+
+
+@pytest.fixture
+def moved(runs, tmp_path):
+    """All of it in another place, to be spoilt."""
+    for path in runs.iterdir():
+        if path.name in ("dpo", "bapo", "model"):
+            shutil.copytree(path, tmp_path / path.name)
+    shutil.copy(runs / "rows.jsonl", tmp_path)
+    for name in ("dpo", "bapo"):
+        for file in ("bapo_run.json", "adapter_config.json"):
+            path = tmp_path / name / file
+            path.write_text(path.read_text().replace(str(runs), str(tmp_path)))
+    return tmp_path
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def evaluated(*args):
+    result = bapo("eval", *args)
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_held_out_pairs_are_known_from_the_record(moved):
+    code, said = evaluated(moved / "bapo", "--no-probe")
+    assert code == 0 and "held-out pairs" in said and "unrelated" not in said
+
+
+def more(rows):
+    return [*rows, rows[0] | {"prompt": "one more"}]
+
+
+def changed(rows):
+    return [row | {"prompt": f"{row['prompt']} now"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "change, differs",
+    [(more, "there are 7 now, and training had 6"), (changed, "they have other prompts now")],
+)
+def test_rows_that_training_did_not_hold_out_are_refused(moved, change, differs):
+    path = moved / "rows.jsonl"
+    write_jsonl(path, change([json.loads(line) for line in path.read_text().splitlines()]))
+    config = write_config(moved, output_dir=str(moved / "bapo"))
+    for target in (moved / "bapo", config):
+        code, said = evaluated(target, "--no-probe")
+        assert code == 2 and differs in said and "--prompts FILE" in said, said
+    # a YAML may name others on purpose
+    entry = yaml.safe_load(config.read_text())["datasets"][0]
+    others = {"test_datasets": [entry], "val_set_size": None, "output_dir": str(moved / "bapo")}
+    code, said = evaluated(write_config(moved, **others), "--no-probe")
+    assert code == 0, said
+
+
+def test_where_only_counts_are_recorded_they_are_compared(moved):
+    def older(record, count):
+        del record["held_out"]
+        record["rows"]["eval"] = count
+
+    edit(moved / "bapo/bapo_run.json", lambda record: older(record, 6))
+    assert evaluated(moved / "bapo", "--no-probe")[0] == 0
+    edit(moved / "bapo/bapo_run.json", lambda r: r["rows"].pop("eval"))
+    code, said = evaluated(moved / "bapo", "--no-probe")
+    assert code == 2 and "training had 0" in said
+
+
+def test_a_yaml_of_another_model_is_refused(moved):
+    save_model(moved / "other", "llama", seed=3)
+    config = write_config(moved, base_model=str(moved / "other"))
+    for command in ("eval", "chat"):
+        result = bapo(command, config, moved / "bapo")
+        said = " ".join(result.output.split())
+        assert result.exit_code == 2 and "evaluate it by itself" in said, said
+        assert (
+            f"was trained on {moved / 'model'}" in said and f"base_model: {moved / 'other'}" in said
+        )
+
+
+def test_a_model_that_moved_is_said_and_a_yaml_says_where_to(moved):
+    (moved / "model").rename(moved / "now")
+    code, said = evaluated(moved / "bapo", "--no-probe")
+    assert code == 2 and f"base model: '{moved / 'model'}'" in said and "in a YAML" in said
+    config = write_config(moved, base_model=str(moved / "now"), output_dir=str(moved / "bapo"))
+    code, said = evaluated(config, moved / "bapo", "--no-probe")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    "key, value", [("lora_model_dir", "dpo"), ("load_in_8bit", True), ("chat_template", "chatml")]
+)
+def test_runs_of_one_model_in_other_states_are_evaluated_apart(moved, key, value):
+    edit(moved / "dpo/bapo_run.json", lambda record: record["config"].update({key: value}))
+    for command in ("eval", "chat"):
+        result = bapo(command, moved / "bapo", moved / "dpo")
+        said = " ".join(result.output.split())
+        assert result.exit_code == 2 and f"{key}: is" in said and str(value) in said, said
+        assert "evaluate them apart" in said
+
+
+def test_one_model_may_be_named_in_two_ways(moved, monkeypatch):
+    monkeypatch.chdir(moved)
+    edit(moved / "dpo/bapo_run.json", lambda record: record["config"].update(base_model="model"))
+    code, said = evaluated("bapo", "dpo", "--no-probe")
+    assert code == 0, said

@@ -1,18 +1,24 @@
 """`bapo eval`: before against after, on former answers and tasks of lm-eval."""
 
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import axolotl, fresh_lora, randomize_lora
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import make_rows, make_tokenizer, save_model, write_jsonl
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bapo_plugin.cli import app
+from bapo_plugin.evaluation import harness, pairs
 from bapo_plugin.evaluation.harness import OWN_TASKS, compare_tasks
+from bapo_plugin.evaluation.refusals import check_finite
+from bapo_plugin.evaluation.subject import load_adapters
 
 TASK = """\
 task: {name}
@@ -218,6 +224,9 @@ def test_a_group_is_compared_over_its_questions():
         (["{first}", "--no-probe"], "nothing to measure"),
         (["{model}", "-p", "{prompts}"], "has no trained adapter"),
         (["{first}", "-p", "{here}/none.txt"], "there is no file"),
+        (["{first}", "-p", "0"], "--prompts: 0 asks nothing"),
+        (["{first}", "-p", "{prompts}", "-o", "{prompts}"], "is a file"),
+        (["{first}", "-p", "{prompts}", "-o", "{prompts}/below"], "is a file"),
         (["{first}", "-p", "4"], "held-out rows are those of the YAML"),
         (["{first}", "--tasks", "mmlu_humanitis"], "did you mean mmlu_humanities"),
         (["{first}", "--tasks", "{here}/none.yaml"], "there is no file"),
@@ -240,6 +249,54 @@ def test_adapters_of_different_models_are_refused(folder, tmp_path):
     save_adapter(tmp_path / "third", tmp_path / "other", 1)
     result = run(folder / "first", tmp_path / "third", "-p", folder / "prompts.txt")
     assert result.exit_code == 2 and "belong to different models" in result.output
+
+
+@pytest.mark.parametrize("more", [(), ("--tasks", "{task}")])
+def test_an_adapter_that_is_broken_is_said(folder, tmp_path, more):
+    shutil.copytree(folder / "first", tmp_path / "mine")
+    path = tmp_path / "mine/adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, path)
+    more = [text.format(task=folder / "task.yaml") for text in more]
+    result = run(tmp_path / "mine", "--no-probe", "-p", folder / "prompts.txt", *more)
+    assert result.exit_code == 2 and "the adapter is broken" in result.output, result.output
+
+
+def test_what_is_no_finite_number_is_no_result():
+    results = {
+        "samples": {"quiz": [{"resps": [[(-1.5, True)]]}, {"resps": [[(-math.inf, False)]]}]}
+    }
+    harness._check_finite(results, "mine")
+    results["samples"]["quiz"].append({"resps": [[(math.nan, False)], [("text",)]]})
+    with pytest.raises(ValueError, match="mine: log-probs of quiz: no finite number in 1 of 3"):
+        harness._check_finite(results, "mine")
+    with pytest.raises(ValueError, match="the model before training: x: .* another precision"):
+        check_finite(torch.tensor([1.0, math.inf]), None, "x")
+
+
+def test_a_model_that_overflows_is_no_result(folder, monkeypatch):
+    """Weights are finite, what they give isn't."""
+    from bapo_plugin.evaluation import run as evaluation
+
+    subject = load_adapters([folder / "first"], None)
+    given = evaluation.response_logits
+
+    def overflow(model, batch):
+        return given(model, batch) * math.nan
+
+    monkeypatch.setattr(evaluation, "response_logits", overflow)
+    answers = evaluation.asked_before(subject, [[{"role": "user", "content": "hello"}]], 4)
+    with pytest.raises(ValueError, match="first: drift of former answers: no finite number in 1"):
+        evaluation.measure_retention(subject, answers)
+    monkeypatch.setattr(pairs, "ResponseForward", lambda log: broken_forward)
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}]
+    with pytest.raises(ValueError, match="the model before training: responses of held-out pairs"):
+        pairs.pair_margins(subject, {"": rows})
+
+
+def broken_forward(model, outer, batch):
+    return SimpleNamespace(logps=torch.full((len(batch["cu_seqlens"]) - 1,), math.nan))
 
 
 def test_a_checkpoint_is_loaded_as_its_run_was(folder, tmp_path, monkeypatch):

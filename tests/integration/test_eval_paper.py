@@ -14,6 +14,7 @@ from datasets import Dataset
 from helpers import fresh_lora, randomize_lora, write_config
 from lm_eval.tasks import TaskManager
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny import make_rows, make_tokenizer, save_model, write_jsonl
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -424,7 +425,7 @@ def test_half_an_adapter_is_half_its_weights(folder, tmp_path, lora):
 def test_what_cant_be_scaled_is_refused(folder, tmp_path, config, reason):
     config.base_model_name_or_path = "there is no such model"
     config.save_pretrained(tmp_path / "other")
-    (tmp_path / "other/adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "other/adapter_model.safetensors")
     result = run(tmp_path / "other", "-p", folder / "prompts.txt", "--scale", "0.5")
     (said,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert result.exit_code == 2 and reason in said, result.output

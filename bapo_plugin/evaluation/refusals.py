@@ -113,8 +113,8 @@ def check_held_out(rows: Dataset, folder: Path) -> None:
     if differs:
         raise ValueError(
             f"the held-out rows aren't those that training in {folder} held out ({differs}), and it may have been trained on some "
-            "of them. Restore the data and what splits it (datasets, test_datasets, val_set_size, seed). Or measure on other "
-            "rows: test_datasets in a YAML, or --prompts FILE of bapo eval"
+            "of them. Restore the data and what splits it (datasets, test_datasets, val_set_size, seed; without a seed the rows in "
+            "dataset_prepared_path). Or measure on other rows: test_datasets in a YAML, or --prompts FILE of bapo eval"
         )
 
 

@@ -40,7 +40,9 @@ SAME = {
     "the model": (
         *("base_model", "base_model_config", "revision_of_model", "type_of_model"),
         *("overrides_of_model_config", "overrides_of_model_kwargs", "resize_token_embeddings_to_32x"),
-        *("attn_implementation", "experts_implementation"),
+        *("attn_implementation", "experts_implementation", "cls_model_config", "reinit_weights"),
+        *("scaling_softmax", "scaling_softmax_factor", "scaling_softmax_bias", "fp32_norms"),
+        *("shrink_embeddings", "mean_resizing_embeddings"),
     ),
     "the adapter it starts from": ("lora_model_dir", "bapo.reference"),
     "the kind of adapter": ("adapter",),
@@ -52,6 +54,7 @@ SAME = {
     "quantisation or precision": (
         *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "torch_dtype"),
         *("model_quantization_config", "model_quantization_config_kwargs"),
+        *("quantize_moe_experts", "qat", "fp8", "use_onebitllms"),
         *("bf16", "fp16", "bfloat16", "float16"),
     ),
 }  # fmt: skip

@@ -434,8 +434,9 @@ def test_what_cant_be_scaled_is_refused(folder, tmp_path, config, reason):
 
 def test_a_run_that_went_on_cant_be_scaled(folder):
     """Its model before is not the bare one, so that the scaled adapter leads elsewhere."""
+    save_adapter(folder / "on", folder / "model")
     config = write_config(
-        folder, lora_model_dir=str(folder / "bapo"), output_dir=str(folder / "bapo")
+        folder, lora_model_dir=str(folder / "bapo"), output_dir=str(folder / "on")
     )
     result = run(config, "-p", folder / "prompts.txt", "--scale", "0.5")
     assert result.exit_code == 2 and "went on training the adapter" in result.output

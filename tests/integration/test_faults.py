@@ -256,7 +256,7 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog, mon
 
 def test_log_probs_of_the_reference_are_kept_as_far_as_there_is_room(disk):
     one = trainer(disk, cache_dir=disk.folder, per_device_eval_batch_size=1, rows=make_rows(120))
-    with disk.full(28672), pytest.raises(ValueError, match="reference log-probs .*name another"):
+    with disk.full(40960), pytest.raises(ValueError, match="reference log-probs .*name another"):
         one.get_train_dataloader()
     db = sqlite3.connect(disk.folder / "bapo-reference.sqlite")
     kept = db.execute("SELECT count(*) FROM entries").fetchone()[0]

@@ -95,11 +95,23 @@ class BAPOPlugin(BasePlugin):
         }
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Let the run's record hold the user's YAML, and give the trainer the prompts to keep."""
-        if is_active(cfg):
-            trainer.record.config = _as_written(cfg)
-            if self._kept is not None:
-                trainer.keep(self._kept)
+        """Let the run's record hold the user's YAML, give the trainer the prompts to keep, and look at what it is to go on
+        from before axolotl writes into output_dir.
+
+        Raises:
+            SystemExit: the run has finished already.
+            ValueError: it can't go on from there.
+        """
+        if not is_active(cfg):
+            return
+        from bapo_plugin.training import resume
+
+        trainer.record.config = _as_written(cfg)
+        if self._kept is not None:
+            trainer.keep(self._kept)
+        wanted = cfg.get("resume_from_checkpoint") or bool(cfg.get("auto_resume_from_checkpoints"))
+        if wanted and resume.is_saved(trainer, resume.begin(trainer, wanted)):
+            raise SystemExit(0)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> "TrainDatasetMeta | None":
         """Load, check, render and tokenise the rows (see `bapo_plugin.prepare`), before a model is loaded.

@@ -353,3 +353,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return read_json(path, "")
     except ValueError:
         return None
+
+
+def log_digest(path: Path) -> str:
+    """Of a run's log (`trainer_state.json`), which is another with every step."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -57,6 +58,36 @@ def copy_to_reference(model: Any, goes_on: bool) -> None:
             parameter.requires_grad_(False)
 
 
+_OTHER = (
+    "the checkpoint was written by a run with other adapter settings. Start again with them, or without "
+    "resume_from_checkpoint"
+)
+
+
+def refuse_other_shapes(model: Any, checkpoint: str | Path) -> None:
+    """
+    Args:
+        model: a PEFT model whose weights are whole; another one is left alone.
+        checkpoint: folder.
+
+    Raises:
+        ValueError: the adapter's file has tensors of other shapes than the active adapter, which PEFT says without a
+            remedy.
+    """
+    path = Path(checkpoint) / "adapter_model.safetensors"
+    if not is_peft_model(model) or not path.is_file():
+        return
+    (active,) = model.active_adapters
+    own = get_peft_model_state_dict(model, adapter_name=active)
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            shape = tuple(file.get_slice(name).get_shape())
+            if name in own and tuple(own[name].shape) != shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {shape}, and the model has {tuple(own[name].shape)}; {_OTHER}"
+                )
+
+
 def load_adapter(model: Any, checkpoint: str | Path) -> bool:
     """Give the active adapter the weights in a checkpoint's file.
 
@@ -90,10 +121,7 @@ def load_adapter(model: Any, checkpoint: str | Path) -> bool:
         if isinstance(loaded, DTensor):
             loaded = loaded.full_tensor()
         if loaded is None or not torch.equal(loaded.cpu(), saved.to(loaded.dtype)):
-            raise ValueError(
-                f"{path}: {name} is not what the model has after loading it; the checkpoint was written by a run with other "
-                "adapter settings. Start again with them, or without resume_from_checkpoint"
-            )
+            raise ValueError(f"{path}: {name} is not what the model has after loading it; {_OTHER}")
     return True
 
 

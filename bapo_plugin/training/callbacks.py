@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from bapo_plugin import __version__
 from bapo_plugin.files import whole, write_whole
 from bapo_plugin.rows.held_out import prompts_digest
-from bapo_plugin.runs import RECORD, STATE, without_secrets
+from bapo_plugin.runs import RECORD, STATE, log_digest, without_secrets
 from bapo_plugin.training.outputs import ELSEWHERE
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class RunRecord(TrainerCallback):
         self._model = model
         self._rows = dict(rows)
         self._held_out = held_out
+        #: what the weights depend on, see `training.resume`
+        self.trained: dict[str, Any] = {}
+        #: digests of logs in output_dir that aren't of this run
+        self._others: list[str] = []
         #: whether training came to its end, be it that of `bapo.retention.stop_below`
         self.finished = False
         #: between the first step and the end
@@ -59,6 +63,8 @@ class RunRecord(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.finished, self.is_under_way = False, True
+        if state.is_world_process_zero:
+            self._others = logs_of_others(Path(args.output_dir), state.global_step)
         self._write_record(args, state)
 
     def _write_record(self, args: Any, state: Any) -> None:
@@ -73,6 +79,8 @@ class RunRecord(TrainerCallback):
             "held_out": self._held_out,
             "versions": {"axolotl-plugin-bapo": __version__}
             | {name: version(name) for name in names},
+            "trained": without_secrets(self.trained),
+            "logs_of_others": self._others,
             "finished": self.finished,
         }
         text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
@@ -115,6 +123,29 @@ def record_of(trainer: "BAPOTrainer") -> RunRecord:
     held_out = prompts_digest(rows) if isinstance(rows, Dataset) else None
     model = trainer.model.config.name_or_path
     return RunRecord(_settings(trainer), model, _rows(trainer), held_out)
+
+
+def logs_of_others(folder: Path, step: int) -> list[str]:
+    """Digests of the logs in a folder that are of an earlier run, at its start.
+
+    Args:
+        folder: output_dir.
+        step: that the run goes on from; 0: it begins anew.
+    """
+    found = []
+    if step:
+        try:
+            found = json.loads((folder / RECORD).read_text("utf-8")).get("logs_of_others") or []
+        except (OSError, ValueError, AttributeError):
+            found = []
+    for path in [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]:
+        try:
+            is_later = json.loads(path.read_text("utf-8"))["global_step"] > step
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it isn't read by others either
+        if is_later:
+            found.append(log_digest(path))
+    return sorted(set(found))
 
 
 def _settings(trainer: "BAPOTrainer") -> dict[str, Any]:

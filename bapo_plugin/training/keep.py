@@ -39,7 +39,8 @@ class Keeper:
         self._trainer = trainer
         columns = ["prompt_ids", "base_ids"]
         refuse_empty(rows, columns, "bapo.keep", "prompt")
-        self._rows = rows.select_columns(columns)
+        #: `prompt_ids` and `base_ids`
+        self.rows = rows.select_columns(columns)
         #: prompts in each optimiser step, over its micro-batches and all processes
         self.per_step: int = min(trainer.bapo.keep.per_step, len(rows))
         self._orders: dict[int, list[int]] = {}
@@ -56,7 +57,7 @@ class Keeper:
         """Numbers of the prompts of an optimiser step, counted from 0."""
         start = step * self.per_step
         return [
-            self._order(i // len(self._rows))[i % len(self._rows)]
+            self._order(i // len(self.rows))[i % len(self.rows)]
             for i in range(start, start + self.per_step)
         ]
 
@@ -64,7 +65,7 @@ class Keeper:
         if turn not in self._orders:
             seed = self._trainer.args.seed * 1_000_003 + turn
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(self._rows), generator=generator).tolist()
+            order = torch.randperm(len(self.rows), generator=generator).tolist()
             self._orders = {k: v for k, v in self._orders.items() if k == turn - 1}
             self._orders[turn] = order
         return self._orders[turn]
@@ -84,7 +85,7 @@ class Keeper:
         mine: dict[int, list[dict]] = {}
         for i, number in enumerate(own):
             place = i * len(batches) // len(own)
-            mine.setdefault(place, []).append({**self._rows[number], ROW: number})
+            mine.setdefault(place, []).append({**self.rows[number], ROW: number})
         for i, kept in mine.items():
             numbers = [
                 n for pack in packs_of(batches[i]) if ROW in pack for n in pack[ROW].tolist()

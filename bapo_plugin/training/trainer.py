@@ -35,19 +35,15 @@ from bapo_plugin.scoring.collator import (
 )
 from bapo_plugin.scoring.forward import ResponseForward
 from bapo_plugin.scoring.layouts import LateCollator, compute_dtype
-from bapo_plugin.training import adapters
+from bapo_plugin.training import adapters, resume
 from bapo_plugin.training.callbacks import record_of
-from bapo_plugin.training.checkpoints import saving_checkpoint, whole_checkpoint
+from bapo_plugin.training.checkpoints import saving_checkpoint
 from bapo_plugin.training.keep import Keeper
 from bapo_plugin.training.layout import WhenSharded, choose_layout, tell_what_sharing_saves
 from bapo_plugin.training.metrics import RowMetrics, Throughput
 from bapo_plugin.training.non_finite import NonFinite
 from bapo_plugin.training.objective import Objective
-from bapo_plugin.training.outputs import (
-    leave_base_model_out,
-    tell_what_is_overwritten,
-    write_card,
-)
+from bapo_plugin.training.outputs import leave_base_model_out, write_card
 from bapo_plugin.training.packs import collecting_gradients, equal_passes
 from bapo_plugin.training.reference import Reference
 from bapo_plugin.training.refusals import adapter_to_evaluate, refuse_arguments
@@ -323,9 +319,9 @@ class BAPOTrainer(AxolotlDPOTrainer):
             raise ValueError(
                 "bapo.keep is set, but there are no prompts with base responses: give `keep_dataset`"
             )
-        checkpoint = whole_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        if self.is_world_process_zero():
-            tell_what_is_overwritten(self.args.output_dir, goes_on=bool(checkpoint))
+        checkpoint = resume.begin(self, resume_from_checkpoint)
+        if resume.is_done(self, checkpoint):
+            return resume.finish(self, checkpoint)
         self.throughput.stop()
         with garbage_of_training():
             return super().train(checkpoint, *args, **kwargs)
@@ -334,8 +330,13 @@ class BAPOTrainer(AxolotlDPOTrainer):
         model = self.model if model is None else model
         if self.accelerator.is_fsdp2 and adapters.load_adapter(model, resume_from_checkpoint):
             return
+        loads = (
+            not self.is_deepspeed_enabled and not self.is_fsdp1
+        )  # they load weights of their own
+        if loads:
+            adapters.refuse_other_shapes(model, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_deepspeed_enabled and not self.is_fsdp1:  # they load weights of their own
+        if loads:
             adapters.load_adapter(model, resume_from_checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:

@@ -13,6 +13,7 @@ FLOORS = [
     [
         "loss",
         "files",
+        "base_weights",
         "store",
         "machines",
         "compat",

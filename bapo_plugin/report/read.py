@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bapo_plugin.runs import RECORD, STATE, read_json, without_secrets
+from bapo_plugin.report.configuration import logged_config, model_card_config
+from bapo_plugin.runs import (
+    RECORD,
+    STATE,
+    log_digest,
+    read_json,
+    weights_digest,
+    without_secrets,
+)
 
 TRAINER_CLS = (
     "bapo_plugin.training.trainer.BAPOTrainer"  # `bapo_plugin.config` has it too, and imports torch
 )
 RESPONSES = ("chosen", "base", "rejected")
+MEASURED = ("retention", "probe")  # parts of bapo-eval.json about former answers
 _CHECKPOINT = r"checkpoint-\d+"
 # methods of TRL whose rewards are β · (log π_θ − log π_ref); those of CPO, ORPO and SimPO have no reference
 _REFERENCED = ("dpo", "ipo")
@@ -35,7 +42,7 @@ class Run:
             response for `drift/*` and `logps/*`, shares for accuracies and agreement.
         config: the settings, nested as in the YAML (None: unknown). `flat` is the same with one key a
             value, lists and blocks opened: "bapo.anchor_weight", "datasets[0].path".
-        evaluation: content of bapo-eval.json.
+        evaluation: content of bapo-eval.json, of adapters that are still what was measured.
         drift_beta: β, where drift isn't logged and was computed here as rewards / β.
         notes: sentences for the reader about what is missing or odd.
     """
@@ -77,8 +84,29 @@ class Run:
         return next((v for v in values if v > 0), math.nan)
 
     def last(self, name: str) -> float | None:
-        """The last finite value of a metric."""
-        return next((v for _, v in reversed(self.series.get(name, [])) if math.isfinite(v)), None)
+        """The last value of a metric: NaN where it wasn't a finite number, None where there is none at all."""
+        points = self.series.get(name, [])
+        return points[-1][1] if points else None
+
+    @property
+    def own_names(self) -> list[str]:
+        """Names in `evaluation` of this run's own adapter, as it was trained and scaled."""
+        folders = {
+            name: Path(str(f)) for name, f in _mapping(self.evaluation.get("adapters")).items()
+        }
+        here = [name for name, folder in folders.items() if folder.resolve() == self.path.resolve()]
+        # measured in another place, or moved since
+        here = here or [name for name, folder in folders.items() if folder.name == self.path.name]
+        return here or (list(folders) if len(set(folders.values())) == 1 else [])
+
+    def own(self, part: str) -> Mapping[str, Any] | None:
+        """What a part of `evaluation` has of this run's own adapter as it was trained; None where it wasn't measured."""
+        after = _mapping(_mapping(self.evaluation.get(part)).get("after"))
+        scaled = _mapping(self.evaluation.get("scales"))
+        names = [name for name in self.own_names if name in after and name not in scaled]
+        if not self.evaluation.get("adapters"):
+            names = list(after)
+        return _mapping(after[names[0]]) if len(names) == 1 else None
 
     def retention(self, name: str) -> Points:
         return self.series.get(f"retention/{name}") or self.series.get(f"eval_retention/{name}", [])
@@ -172,7 +200,7 @@ def unique_names(paths: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _read(place: _Place, name: str) -> Run:
-    state, notes = _newest(place.states)
+    state, notes = _newest(place)
     step = int(_or_zero(state.get("global_step")))
     planned = int(_or_zero(state.get("max_steps"))) or None
     control = _mapping(_mapping(state.get("stateful_callbacks")).get("TrainerControl"))
@@ -197,18 +225,53 @@ def _read(place: _Place, name: str) -> Run:
                 f"{evaluation}: has format {run.evaluation.get('format')!r}, this version reads format 1; run "
                 "`bapo eval` again, or update axolotl-plugin-bapo"
             )
+        _leave_out_other_weights(run)
     run.model = run.model or run.flat.get("base_model") or run.evaluation.get("model")
     _add_drift(run)
     if not run.series:
         run.notes.append("No metric has been logged yet.")
-    bad = [step for step, value in run.series.get("loss", []) if not math.isfinite(value)]
-    if bad:
-        run.notes.append(f"The loss was not a finite number in step {_listed(bad)}.")
+    for key, what in (("loss", "loss"), ("eval_rewards/accuracies", "accuracy on held-out pairs")):
+        bad = [step for step, value in run.series.get(key, []) if not math.isfinite(value)]
+        if bad:
+            run.notes.append(f"The {what} was not a finite number in step {_listed(bad)}.")
     return run
 
 
-def _newest(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
-    """The state that has come furthest; one that can't be read is left out where there is another."""
+def _leave_out_other_weights(run: Run) -> None:
+    """Results of adapters that were trained anew since say nothing of those that lie there now."""
+    recorded = _mapping(run.evaluation.get("weights"))
+    folders = _mapping(run.evaluation.get("adapters"))
+    own = run.own_names
+    gone = set()
+    for name, folder in folders.items():
+        there = weights_digest(run.path if name in own else Path(str(folder)))
+        if recorded.get(name) and there and recorded[name] != there:
+            gone.add(name)
+    if not gone:
+        return
+    run.notes.append(
+        f"bapo-eval.json has results of weights that are no longer there ({', '.join(sorted(gone))}), which are left out: the "
+        "adapter was trained anew since. Run `bapo eval` again."
+    )
+    parts = [run.evaluation.get(part) for part in MEASURED]
+    for name in ("tasks", "samples"):
+        parts += _list(run.evaluation.get(name))
+    for part in parts:
+        for content in (_mapping(part).get("after"), _mapping(part).get("drift")):
+            for name in gone & set(_mapping(content)):
+                del content[name]
+
+
+def _newest(place: _Place) -> tuple[dict[str, Any], list[str]]:
+    """The state that has come furthest; left out are those of an earlier run in the same folder, and one that can't be
+    read where there is another."""
+    others = []
+    record = next((root / RECORD for root in place.roots if (root / RECORD).is_file()), None)
+    if record is not None:
+        others = _list(read_json(record, "remove it, or train again").get("logs_of_others"))
+    paths = [path for path in place.states if not others or log_digest(path) not in others]
+    if not paths:
+        return {"log_history": []}, ["All that lies there was logged by an earlier run."]
     states, errors = [], []
     for path in paths:
         try:
@@ -239,7 +302,7 @@ def _series(log_history: list[Any]) -> dict[str, Points]:
     return {
         key: sorted(points.items())
         for key, points in values.items()
-        if key == "loss" or any(map(math.isfinite, points.values()))
+        if key.endswith(("loss", "rewards/accuracies")) or any(map(math.isfinite, points.values()))
     }
 
 
@@ -253,43 +316,14 @@ def _add_configuration(run: Run, roots: list[Path]) -> None:
             run.rows = dict(_mapping(content.get("rows")))
             run.model = str(content["model"]) if content.get("model") else None
             run.config_source = path.name
+            if content.get("finished") is True and root == run.path:  # also by `stop_below`
+                run.is_finished = True
             return
-        for name, reader in (("README.md", _model_card_config), ("debug.log", _logged_config)):
+        for name, reader in (("README.md", model_card_config), ("debug.log", logged_config)):
             config = reader(root / name)
             if config is not None:
                 run.config, run.config_source = without_secrets(config), name
                 return
-
-
-def _model_card_config(path: Path) -> dict[str, Any] | None:
-    """The YAML that axolotl puts into a model card, folded away."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    block = re.search(r"<details>.*?^```ya?ml\n(.*?)^```\s*$", text, re.DOTALL | re.MULTILINE)
-    try:
-        config = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError:
-        return None
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else None
-
-
-def _logged_config(path: Path) -> dict[str, Any] | None:
-    """The complete configuration that axolotl logs at its start, as JSON."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(1_000_000)
-    except OSError:
-        return None
-    start = re.search(r"config:\n(?=\{)", text)
-    try:
-        config = json.JSONDecoder().raw_decode(text, start.end())[0] if start else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(config, dict):
-        return None
-    return {k: v for k, v in config.items() if k not in ("capabilities", "env_capabilities")}
 
 
 def _add_drift(run: Run) -> None:
@@ -351,6 +385,10 @@ def _or_zero(value: Any) -> float:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _listed(steps: list[int]) -> str:

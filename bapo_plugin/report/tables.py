@@ -1,5 +1,6 @@
 """What the report's tables hold, as text."""
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bapo_plugin.report.read import TRAINER_CLS, Run, flatten, number
+from bapo_plugin.report.read import MEASURED, TRAINER_CLS, Run, flatten, number
 
 DASH = "–"
 
@@ -100,11 +101,9 @@ def _retention(run: Run, name: str) -> Cell:
     values = [v for _, v in run.retention(name) if math.isfinite(v)]
     if values:
         return Cell(decimal(values[-1]))
-    for part in ("retention", "probe"):
-        after = _mapping(_mapping(run.evaluation.get(part)).get("after"))
-        if len(after) == 1:  # `bapo eval` of one adapter: that of the run
-            (metrics,) = after.values()
-            return Cell(decimal(_value(_mapping(metrics).get(name))))
+    for part in MEASURED:
+        if (own := run.own(part)) is not None:
+            return Cell(decimal(_value(own.get(name))))
     return Cell(DASH)
 
 
@@ -120,7 +119,7 @@ def what_to_look_at(runs: Sequence[Run]) -> str:
         run.name: run.last("drift/base") if drift[run.name] is None else drift[run.name]
         for run in runs
     }
-    known = {name: value for name, value in drift.items() if value is not None}
+    known = {name: value for name, value in drift.items() if _is_known(value)}
     rule = (
         "Drift of the base response (drift/base) far below 0 is forgetting: the model's own former answers have "
         "become less likely."
@@ -133,16 +132,20 @@ def what_to_look_at(runs: Sequence[Run]) -> str:
     return f"{rule} It is lowest in {low} ({decimal(known[low])} nats) and highest in {high} ({decimal(known[high])} nats)."
 
 
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 # ---------------------------------------------------------------- bapo-eval.json
 
 
 def task_table(runs: Sequence[Run]) -> list[list[Cell]]:
     """task, metric, run, before, after, difference; tasks of all runs together, to compare them."""
     rows: dict[tuple[str, str], list[list[Cell]]] = {}
-    for run in runs:
+    for run in _measured(runs):
         for task in _list(run.evaluation.get("tasks")):
             key = (str(task.get("task")), str(task.get("metric")))
-            for name, label in _adapters(run, task.get("after")):
+            for name, label in _adapters(runs, run, task.get("after")):
                 after = _mapping(task["after"][name])
                 difference = {"value": after.get("difference"), "se": after.get("difference_se")}
                 rows.setdefault(key, []).append(
@@ -162,13 +165,13 @@ RETAINED = ("drift", "drift_per_token", "lost", "worst_tenth", "agreement", "kl"
 def retention_table(runs: Sequence[Run]) -> list[list[Cell]]:
     """run, whose answers, prompts, drift, drift per token, share that was lost, worst tenth, agreement, kl."""
     rows = []
-    for run in runs:
+    for run in _measured(runs):
         for part, of in (
             ("retention", "held-out or named prompts"),
             ("probe", "unrelated prompts"),
         ):
             retention = _mapping(run.evaluation.get(part))
-            for name, label in _adapters(run, retention.get("after")):
+            for name, label in _adapters(runs, run, retention.get("after")):
                 metrics = _mapping(retention["after"][name])
                 rows.append(
                     [
@@ -193,23 +196,38 @@ class Sample:
 def samples(runs: Sequence[Run]) -> list[Sample]:
     """Samples of all runs; runs that were asked the same and answered the same before share one."""
     found: dict[tuple[str, str], Sample] = {}
-    for run in runs:
+    for run in _measured(runs):
         for sample in _list(run.evaluation.get("samples")):
             prompt, before = str(sample.get("prompt") or ""), str(sample.get("before") or "")
             entry = found.setdefault((prompt, before), Sample(prompt, before, []))
             drift = _mapping(sample.get("drift"))
-            for name, label in _adapters(run, sample.get("after")):
+            for name, label in _adapters(runs, run, sample.get("after")):
                 value = drift.get(name)
                 text = "" if math.isnan(number(value)) else f"{decimal(value)} nats"
                 entry.after.append((label, str(sample["after"][name]), text))
     return list(found.values())
 
 
-def _adapters(run: Run, after: Any) -> Iterator[tuple[str, str]]:
+def _measured(runs: Sequence[Run]) -> list[Run]:
+    """Runs with results, one of those that share them: `bapo eval A B` leaves the same file in both."""
+    return list({_content(run): run for run in reversed(runs)}.values())[::-1]
+
+
+def _content(run: Run) -> str:
+    return json.dumps(run.evaluation, sort_keys=True, default=str)
+
+
+def _adapters(runs: Sequence[Run], run: Run, after: Any) -> Iterator[tuple[str, str]]:
     """Each adapter's name and what to call it in a page with several runs."""
     names = list(_mapping(after))
+    sharing = [other for other in runs if _content(other) == _content(run)]
     for name in names:
-        yield name, run.name if len(names) == 1 else f"{run.name}: {name}"
+        owner = next((other for other in sharing if name in other.own_names), None)
+        label = run.name if len(names) == 1 else f"{run.name}: {name}"
+        if owner is not None:
+            scale = _mapping(run.evaluation.get("scales")).get(name)
+            label = owner.name if scale is None else f"{owner.name} × {scale:g}"
+        yield name, label
 
 
 def _with_error(measured: Any, sign: bool = False) -> Cell:

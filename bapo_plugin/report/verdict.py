@@ -39,6 +39,8 @@ def _learned(run: Run) -> str:
         )
     if accuracy is None:
         return ""
+    if not math.isfinite(accuracy):
+        return f"Not known: the last accuracy on {where.partition(';')[0]} was not a finite number"
     word = "Learned"
     if accuracy < _LEARNED:
         word = "Learned in part" if accuracy >= _PARTLY else "Not learned"
@@ -50,12 +52,10 @@ def _learned(run: Run) -> str:
 def _kept(run: Run) -> str:
     """Of unrelated prompts where they were asked, else of the others."""
     for part, whose in (("probe", "answers to unrelated prompts"), ("retention", "former answers")):
-        measured = run.evaluation.get(part)
-        after = measured.get("after") if isinstance(measured, dict) else None
-        if not isinstance(after, dict) or len(after) != 1:
+        metrics = run.own(part)
+        if metrics is None:
             continue
-        (metrics,) = after.values()
-        drift = metrics.get("drift") if isinstance(metrics, dict) else None
+        drift = metrics.get("drift")
         if isinstance(drift, dict) and "value" in drift and math.isnan(_value(metrics, "drift")):
             return (
                 f"Broken: {whose} have no finite drift, so that the model's weights or its logits hold what is no number; train it "
@@ -67,7 +67,7 @@ def _kept(run: Run) -> str:
         word = "Kept"
         if lost > _KEPT:
             word = "Kept in part" if lost <= _DAMAGED else "Forgotten"
-        count = number(measured.get("prompts"))
+        count = number(run.evaluation[part].get("prompts"))
         of = f"{count:.0f} {whose}" if count > 0 else whose
         return (
             f"{word}: {lost:.0%} of {of} lost more than 2 nats; the worst tenth drifted by "

@@ -1,6 +1,7 @@
 """`bapo report`: what is read from runs of all kinds, and a page that needs nothing and trusts nobody."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,8 +16,16 @@ from bapo_plugin.report import write_report
 from bapo_plugin.report.figures import NUM_COLOURS, make_figures, run_style
 from bapo_plugin.report.plots import _MAX_POINTS, _STAND_INS, _thinned, panel_svg
 from bapo_plugin.report.read import TRAINER_CLS, read_runs, unique_names
-from bapo_plugin.report.tables import decimal, differences, summary, task_table
+from bapo_plugin.report.tables import (
+    decimal,
+    differences,
+    retention_table,
+    samples,
+    summary,
+    task_table,
+)
 from bapo_plugin.report.verdict import verdict
+from bapo_plugin.runs import log_digest, weights_digest
 
 EVIL = "<script>alert(1)</script>"
 BAPO = {"base_model": "tiny", "rl": "dpo", "trainer_cls": TRAINER_CLS, "rl_beta": 0.1}
@@ -575,3 +584,91 @@ def test_the_verdict_says_where_answers_have_begun_to_loop(tmp_path):
 
     assert "4-grams before" not in kept(0.04, 0.01) and "4-grams before" not in kept(0.2, 0.11)
     assert kept(0.2, 0.05).endswith("Answers repeat themselves: 10% of 4-grams before, 30% now")
+
+
+# ---------------------------------------------------------------- what is no longer there
+
+
+def test_logs_of_an_earlier_run_in_the_folder_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run", steps=20)
+    old = log_digest(run / "checkpoint-20/trainer_state.json")
+    record = {"config": BAPO, "logs_of_others": [old], "finished": True}
+    write(run / "bapo_run.json", record)
+    read = read_runs([run])[0]
+    assert read.step == 0 and not read.series and "by an earlier run" in read.notes[0]
+    make_state(run, [{"step": 3, "loss": 0.5}], global_step=3, max_steps=3)
+    read = read_runs([run])[0]
+    assert (read.step, read.series["loss"], read.is_finished) == (3, [(3, 0.5)], True)
+    # a checkpoint that the new run wrote under that name is its own
+    make_run(run, base=-2.0, steps=20)
+    write(run / "bapo_run.json", record)
+    assert read_runs([run])[0].step == 20
+
+
+def test_a_run_that_stopped_itself_is_finished(tmp_path):
+    run = make_run(tmp_path / "run", steps=10)
+    write(run / "bapo_run.json", {"config": BAPO, "finished": True})
+    assert read_runs([run])[0].is_finished
+    assert not read_runs([run / "checkpoint-10"])[0].is_finished, "a checkpoint is no end"
+    write(run / "bapo_run.json", {"config": BAPO, "finished": False})
+    assert not read_runs([run])[0].is_finished
+
+
+def measured_together(tmp_path, **weights):
+    """`bapo eval a d --scale 0.5` of two runs: one file in both."""
+    shares = {"a": 0.01, "a × 0.5": 0.5, "d": 0.9, "d × 0.5": 0.5}
+    names, runs = list(shares), []
+    for name in ("a", "d"):
+        run = make_run(tmp_path / name)
+        write(run / "adapter_model.safetensors", f"weights of {name}")
+        runs.append(run)
+    found = {run.name: weights_digest(run) for run in runs} | weights
+    for run in runs:
+        add_evaluation(
+            run,
+            adapters={name: str(tmp_path / name[0]) for name in names},
+            weights={name: found[name[0]] for name in names},
+            scales={name: 0.5 for name in names if "×" in name},
+            probe={"prompts": 40, "after": {n: kept(s) for n, s in shares.items()}},
+            retention=None,
+            tasks=[],
+            samples=[
+                {"prompt": "Why?", "before": "So.", "after": {n: n for n in names}, "drift": {}}
+            ],
+        )
+    return runs
+
+
+def test_adapters_that_were_measured_together_are_told_apart(tmp_path):
+    runs = read_runs(measured_together(tmp_path)[::-1])
+    said = [verdict(run).kept for run in runs]
+    assert said[0].startswith("Forgotten: 90% of 40") and said[1].startswith("Kept: 1% of 40")
+    rows = retention_table(runs)
+    assert [row[0].text for row in rows] == ["a", "a × 0.5", "d", "d × 0.5"]
+    (sample,) = samples(runs)
+    assert [entry[0] for entry in sample.after] == ["a", "a × 0.5", "d", "d × 0.5"]
+    alone = retention_table(runs[:1])
+    assert [row[0].text for row in alone] == ["d: a", "d: a × 0.5", "d", "d × 0.5"]
+
+
+def test_results_of_weights_that_are_gone_are_left_out(tmp_path):
+    _, d = measured_together(tmp_path)
+    write(d / "adapter_model.safetensors", "trained anew")
+    runs = read_runs([tmp_path / "a", d])
+    assert [verdict(run).kept[:4] for run in runs] == ["Kept", ""]
+    assert "no longer there (d, d × 0.5)" in " ".join(runs[1].notes)
+    assert [row[0].text for row in retention_table(runs)] == ["a", "a × 0.5"]
+
+
+@pytest.mark.parametrize("values", [[0.95, math.nan], [math.nan, math.nan]])
+def test_an_accuracy_that_is_no_number_is_not_learned(tmp_path, values):
+    history = [{"step": 1, "loss": 0.1, "rewards/accuracies": 0.9}]
+    history += [{"step": i, "eval_rewards/accuracies": v} for i, v in enumerate(values, 1)]
+    run = read_runs([make_state(tmp_path / "run", history)])[0]
+    assert verdict(run).learned == (
+        "Not known: the last accuracy on held-out pairs was not a finite number"
+    )
+    steps = ", ".join(str(i) for i, v in enumerate(values, 1) if math.isnan(v))
+    assert f"accuracy on held-out pairs was not a finite number in step {steps}" in run.notes[-1]
+    heads, rows = summary([run])
+    assert "accuracy" not in heads or rows[0][heads.index("accuracy")].text == "–"

@@ -71,6 +71,32 @@ def refuse_without_held_out(retention: RetentionConfig, has_held_out: bool) -> N
         )
 
 
+def refuse_unmeasured(retention: RetentionConfig, args: Any, steps: int) -> str | None:
+    """What is to be said where a run is over before `bapo.retention` is measured for the first time.
+
+    Args:
+        retention: of the YAML.
+        args: training arguments.
+        steps: of the whole run.
+
+    Raises:
+        ValueError: `stop_below` would never act.
+    """
+    every, key = retention.every, "bapo.retention.every"
+    if every is None and args.eval_strategy == "steps":
+        every, key = args.eval_steps, "eval_steps"
+        if every is not None and every < 1:  # a share of the run
+            return None
+    if every is None or every <= steps:
+        return None
+    said = f"{key}: {every:g} is more than the {steps} steps of this run, so that bapo.retention is never measured"
+    if retention.stop_below is not None:
+        raise ValueError(
+            f"{said}, and stop_below: {retention.stop_below:g} never acts; set {key} to at most {steps}"
+        )
+    return f"{said}; set {key} to at most {steps}"
+
+
 def adapter_to_evaluate(output_dir: str, start: str | None) -> str:
     """The adapter that a run has trained, else the one that it was to start from (`lora_model_dir`).
 

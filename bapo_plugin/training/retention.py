@@ -19,7 +19,8 @@ from bapo_plugin.compat import disable_gradient_checkpointing
 from bapo_plugin.scoring.forward import response_logits, within
 from bapo_plugin.scoring.reference import evaluating, reference_mode
 from bapo_plugin.scoring.retention import mean_and_error, measure
-from bapo_plugin.training.refusals import refuse_without_held_out
+from bapo_plugin.training.refusals import refuse_unmeasured, refuse_without_held_out
+from bapo_plugin.training.resume import planned_steps
 
 if TYPE_CHECKING:
     from bapo_plugin.training.trainer import BAPOTrainer
@@ -37,7 +38,7 @@ class RetentionCallback(TrainerCallback):
         config: `bapo.retention`.
 
     Raises:
-        ValueError: there are no held-out rows, or the file can't be used.
+        ValueError: there are no held-out rows, the file can't be used, or `stop_below` would never act.
     """
 
     def __init__(self, trainer: "BAPOTrainer", config: RetentionConfig):
@@ -55,6 +56,10 @@ class RetentionCallback(TrainerCallback):
                 "bapo.retention without `every` is measured with each evaluation, but eval_strategy is no; set "
                 "bapo.retention.every to a number of steps"
             )
+        if trainer.train_dataset is not None:  # else nothing is trained
+            said = refuse_unmeasured(config, trainer.args, planned_steps(trainer))
+            if said and trainer.accelerator.is_main_process:
+                LOG.warning(said)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._config.every and state.global_step % self._config.every == 0:

@@ -273,11 +273,28 @@ def test_stops_at_the_first_step_below(tmp_path):
         ({"prompts": 4, "every": 1}, {}, "there are none"),
         ({"prompts": "nowhere.txt", "every": 1}, {}, "there is no file nowhere.txt"),
         ({"prompts": 4}, {"eval_rows": make_rows(3)}, "eval_strategy is no"),
+        (
+            {"prompts": 3, "every": 3, "stop_below": -5},
+            {"eval_rows": make_rows(3)},
+            "retention.every: 3 is more than the 2 steps .* stop_below: -5 never acts; set",
+        ),
+        (
+            {"prompts": 3, "stop_below": -5},
+            {"eval_rows": make_rows(3), "eval_strategy": "steps", "eval_steps": 3},
+            "^eval_steps: 3 is more than the 2 steps",
+        ),
     ],
 )
 def test_refused(tmp_path, settings, changes, message):
     with pytest.raises(ValueError, match=message):
         bapo_trainer(tmp_path, bapo={"retention": settings}, **changes)
+
+
+@pytest.mark.parametrize(("every", "warns"), [(3, True), (2, False)])
+def test_a_run_that_is_over_before_it_is_measured_is_said(tmp_path, every, warns, caplog):
+    settings = {"prompts": 3, "every": every}
+    bapo_trainer(tmp_path, bapo={"retention": settings}, eval_rows=make_rows(3))
+    assert ("every: 3 is more than the 2 steps of this run" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

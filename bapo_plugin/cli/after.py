@@ -220,7 +220,8 @@ def export(
         bool,
         typer.Option(
             "--check/--no-check",
-            help="merged, gguf: compare log-probs of former answers before and after merging.",
+            help="Compare the base with the one of training; merged, gguf: log-probs of former answers before and after "
+            "merging too.",
         ),
     ] = True,
     outtype: ExportOuttype = "q8_0",

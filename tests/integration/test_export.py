@@ -15,6 +15,7 @@ from tiny import make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from bapo_plugin import base_weights
 from bapo_plugin.cli import app
 from bapo_plugin.commands.export import below, hub, kept, merged
 from bapo_plugin.commands.export.source import read_source
@@ -301,6 +302,62 @@ def test_a_base_that_moved_is_named_and_a_checkpoint_has_the_runs_tokenizer(base
     assert result.exit_code == 0, result.output
     saved = AutoTokenizer.from_pretrained(point / "merged")
     assert saved.chat_template == make_tokenizer().chat_template
+
+
+@pytest.fixture
+def run_on(base, tmp_path):
+    """What a run leaves that recorded its base, and another base of the same shape."""
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.flip(0))
+    shutil.copytree(base, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    folder = adapter(base, tmp_path / "mine", record={})
+    trained = {"base_model": str(base), "base_weights": base_weights.digest(base)}
+    edit(folder / "bapo_run.json", trained=trained)
+    return folder, tmp_path / "other"
+
+
+@pytest.mark.parametrize("to", ["merged", "vllm", "gguf"])
+def test_another_base_of_the_same_shape_is_refused(run_on, to):
+    folder, other = run_on
+    result = run(folder, "--to", to, "--base", other)
+    assert result.exit_code == 2, result.output
+    text = " ".join(result.output.split())
+    assert "has other weights (digest" in text and "--base; --no-check takes this one" in text
+    assert not (folder / "merged").exists() and not (folder / "gguf").exists()
+    assert run(folder, "--to", to, "--base", other, "--no-check").exit_code == 0
+
+
+def test_a_copy_of_the_base_in_another_form_is_the_base(run_on, base, tmp_path):
+    folder, _ = run_on
+    shutil.copytree(base, tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    (tmp_path / "copy/model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "copy", max_shard_size="100KB")
+    assert (tmp_path / "copy/model.safetensors.index.json").is_file()
+    result = run(folder, "--to", "merged", "--base", tmp_path / "copy")
+    assert result.exit_code == 0, result.output
+    # the next command takes the same base
+    assert f"--to gguf --base {tmp_path / 'copy'}" in " ".join(result.output.split()).replace(
+        " \\ ", " "
+    )
+
+
+def test_a_base_of_another_family_or_size_is_refused_without_a_record(base, tmp_path):
+    folder = adapter(base, tmp_path / "mine", target_modules=["q_proj"])
+    shutil.copy(base / "config.json", folder)
+    save_model(tmp_path / "other", "qwen3")
+    result = run(folder, "--to", "merged", "--base", tmp_path / "other")
+    text = " ".join(result.output.split())
+    assert result.exit_code == 2 and "'qwen3', and the adapter was trained on one with" in text
+    assert "'llama'" in text
+    shutil.copytree(base, tmp_path / "deeper")
+    edit(tmp_path / "deeper/config.json", num_hidden_layers=7)
+    result = run(folder, "--to", "vllm", "--base", tmp_path / "deeper")
+    assert result.exit_code == 2 and "num_hidden_layers 7" in " ".join(result.output.split())
 
 
 def test_a_run_of_all_weights_is_the_model_itself(base):

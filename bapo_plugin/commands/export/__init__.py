@@ -6,6 +6,7 @@ The work is PEFT's, vLLM's, llama.cpp's and the hub's. Only `hub` reaches a netw
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bapo_plugin.commands.export.fit import check_base
 from bapo_plugin.commands.export.result import Result
 from bapo_plugin.commands.export.source import read_source
 
@@ -36,7 +37,8 @@ def export(
         to: of `KINDS`.
         output: folder to write to; the default is one in the run's.
         base: folder or name of the base model, in place of what the run recorded.
-        dtype, rounded, check: of `merged` and `gguf`; see `merged.merge`.
+        dtype, rounded: of `merged` and `gguf`; see `merged.merge`.
+        check: that the base is the one of training; of `merged` and `gguf` also what was merged, see `merged.merge`.
         outtype, as_adapter, llama_cpp: of `gguf`; see `gguf.convert`.
         repo, public, dry_run, say: of `hub`; see `hub.publish`.
 
@@ -49,6 +51,9 @@ def export(
         raise ValueError(f"--to {to} takes one run; only vLLM serves several at a time")
     sources = [read_source(target, None if to == "hub" else base) for target in targets]
     source = sources[0]
+    if check and to != "hub":  # nothing of the base is uploaded
+        for one in sources:
+            check_base(one)
     if to == "vllm":
         from bapo_plugin.commands.export.vllm import serve
 
@@ -74,4 +79,4 @@ def export(
         )
     from bapo_plugin.commands.export.merged import merge
 
-    return merge(source, output, dtype=dtype, rounded=rounded, check=check)
+    return merge(source, output, dtype=dtype, rounded=rounded, check=check, named=base)

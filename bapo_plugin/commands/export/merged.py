@@ -43,6 +43,7 @@ def merge(
     dtype: str | None = None,
     rounded: bool = False,
     check: bool = True,
+    named: str | None = None,
 ) -> Result:
     """Write the merged model to a folder, whole or not at all.
 
@@ -52,6 +53,7 @@ def merge(
         dtype: of the merged weights: bfloat16, float16 or float32. Default: that of the base as published.
         rounded: merge into the 4-bit weights that training saw, in that dtype again.
         check: compare log-probs of former answers before and after.
+        named: the base as --base named it, for the next command.
 
     Returns:
         `found["folder"]` is the model's folder, `found["drift"]` what was measured, in nats.
@@ -66,7 +68,7 @@ def merge(
         result.facts.append(("template", template.phrase))
         result.notes.append(f"There is nothing to merge: {source.folder} is the model itself")
         result.found["folder"] = str(source.folder)
-        result.commands += _next_commands(source.folder, source)
+        result.commands += _next_commands(source.folder, source, None)
         return result
     if rounded and source.bits != 4:
         raise ValueError(
@@ -136,11 +138,12 @@ def merge(
         result.notes.append("The merged model was not compared with the trained one (--no-check)")
     result.wrote.append(output)
     result.found |= {"folder": str(output), "drift": drift, "dtype": dtype}
-    result.commands += _next_commands(output, source)
+    result.commands += _next_commands(output, source, named)
     return result
 
 
-def _next_commands(folder: Path, source: Source) -> list[Command]:
+def _next_commands(folder: Path, source: Source, named: str | None) -> list[Command]:
+    base = [["--base", named]] if named else []
     return [
         Command(
             "Serve it with vLLM",
@@ -148,7 +151,7 @@ def _next_commands(folder: Path, source: Source) -> list[Command]:
         ),
         Command(
             "For llama.cpp and Ollama",
-            [["bapo", "export", str(source.folder)], ["--to", "gguf"]],
+            [["bapo", "export", str(source.folder)], ["--to", "gguf"], *base],
         ),
     ]
 

@@ -204,10 +204,13 @@ def test_a_record_of_before_is_no_reason_to_stop(tmp_path, caplog):
 
 
 def test_the_record_says_of_which_logs_it_is(tmp_path):
-    """`bapo report` reads no others."""
+    """`bapo report` reads no others, and nothing goes on from their checkpoints."""
     trained(tmp_path)
     trained(tmp_path, max_steps=1)
     found = json.loads((tmp_path / "out/bapo_run.json").read_text())
-    assert len(found["logs_of_others"]) == 3 and found["trained"] == resume.trained_with(
-        bapo_trainer(tmp_path, rows=make_rows(12), **SAVED)
-    )
+    again = bapo_trainer(tmp_path, rows=make_rows(12), **(SAVED | {"max_steps": 4}))
+    assert len(found["logs_of_others"]) == 3 and found["trained"] == resume.trained_with(again)
+    with pytest.raises(ValueError, match="checkpoint-2 is of an earlier run in this folder"):
+        again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert again.state.global_step == 4

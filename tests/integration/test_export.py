@@ -46,6 +46,7 @@ def base(tmp_path_factory):
 
 def adapter(base, folder, std=0.3, record=None, resize=0, **lora):
     """What a run leaves: an adapter that isn't zero, its tokenizer, and perhaps its record."""
+    torch.manual_seed(5)  # lora_A too is the same, whatever ran before
     model = AutoModelForCausalLM.from_pretrained(base)
     if resize:
         model.resize_token_embeddings(resize)
@@ -79,6 +80,7 @@ def log_probs(model):
 
 
 def trained(base, folder, resize=0):
+    torch.manual_seed(5)  # lora_A too is the same, whatever ran before
     model = AutoModelForCausalLM.from_pretrained(base)
     if resize:
         model.resize_token_embeddings(resize, mean_resizing=False)

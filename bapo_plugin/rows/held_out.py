@@ -13,5 +13,5 @@ def prompts_digest(rows: Dataset) -> str | None:
     for part in rows.select_columns(["prompt"]).iter(batch_size=1000):
         for prompt in part["prompt"]:
             own = hashlib.blake2b(str(prompt).encode("utf-8", "surrogatepass"), digest_size=16)
-            total += int.from_bytes(own.digest())
+            total += int.from_bytes(own.digest(), "big")
     return f"{total % 2**128:032x}"

@@ -28,7 +28,7 @@ def folder_of(name: str, revision: str | None = None) -> Path | None:
 
 
 def digest(folder: Path | None) -> str | None:
-    """Of shapes and some numbers of all tensors; the same for a copy in another dtype, under other names or in other files.
+    """Of shapes and some numbers of all tensors; the same for a copy in bf16 instead of fp32, under other names or in other files.
 
     Args:
         folder: of a model.

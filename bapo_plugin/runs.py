@@ -211,6 +211,13 @@ def recorded_held_out(folder: Path) -> tuple[int | None, str | None]:
     return count, record.get("held_out")
 
 
+def recorded_base_weights(folder: Path) -> str | None:
+    """The digest (`base_weights`) of the model that the run was trained on that wrote a folder; None where it isn't recorded."""
+    place = _recorded_in(folder)
+    trained = (_read(place / RECORD) or {}).get("trained") if place else None
+    return trained.get("base_weights") if isinstance(trained, dict) else None
+
+
 def _recorded_in(folder: Path) -> Path | None:
     """Where the record of the run lies that wrote a folder."""
     places = (folder.resolve(), folder.resolve().parent)

@@ -10,13 +10,16 @@ import torch
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
+from bapo_plugin import base_weights
 from bapo_plugin.files import of_the_disk
 from bapo_plugin.rows.held_out import prompts_digest
 from bapo_plugin.runs import (
     base_model,
     check_whole,
     differing,
+    is_hub_name,
     is_there,
+    recorded_base_weights,
     recorded_config,
     recorded_held_out,
     same_place,
@@ -56,9 +59,12 @@ def must_be_of(folder: Path, given: Mapping[str, Any], name: str) -> None:
         ValueError: an adapter was trained on another model than a YAML names, or in another setting.
     """
     base, named = base_model(folder), str(given.get("base_model") or "")
-    # of a folder that has moved the YAML says where to
-    has_moved = Path(base).is_absolute() and not is_there(base)
-    if base and not has_moved and not same_place(base, named):
+    is_same = has_weights(folder, named, given.get("revision_of_model"))
+    # of a folder that has moved, or that an adapter alone names from where it was, the YAML says where it is
+    are_known = (is_there(base) or is_hub_name(base)) and not (
+        is_hub_name(base) and is_there(named)
+    )
+    if is_same is None and base and are_known and not same_place(base, named):
         raise ValueError(
             f"{folder} was trained on {base}, but {name} has base_model: {named}; evaluate it by itself, without this YAML. If {base} "
             "has moved there, write that into adapter_config.json (base_model_name_or_path)"
@@ -67,6 +73,24 @@ def must_be_of(folder: Path, given: Mapping[str, Any], name: str) -> None:
         recorded["base_model"] = named
         remedy = "evaluate it by itself, without this YAML"
         must_be_alike(name, given, folder, recorded, ("the model", *LOADED), remedy)
+
+
+def has_weights(folder: Path, base: str, revision: str | None = None) -> bool | None:
+    """Whether a model is the one that an adapter was trained on, by its weights; None where that isn't known.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    known = recorded_base_weights(folder)
+    found = known and base_weights.digest(base_weights.folder_of(base, revision))
+    if not found:
+        return None
+    if found != known:
+        raise ValueError(
+            f"base model: {base} has other weights (digest {found}, of bf16 or fp32) than the model that {folder} was trained on "
+            f"(digest {known}). Restore it, or name a YAML with the right base_model before the folder"
+        )
+    return True
 
 
 def must_be_alike(

@@ -29,7 +29,8 @@ from bapo_plugin.evaluation.refusals import (
 from bapo_plugin.evaluation.subject import Subject, load_subject, split_targets
 from bapo_plugin.files import must_be_writable
 from bapo_plugin.prepare import kept_of, prepare_rows
-from bapo_plugin.runs import recorded_config, weights_digest
+from bapo_plugin.rows.held_out import prompts_digest
+from bapo_plugin.runs import recorded_config, recorded_held_out, weights_digest
 from bapo_plugin.scoring.forward import response_logits
 from bapo_plugin.scoring.retention import Retention, measure
 from bapo_plugin.yaml_files import read_yaml
@@ -208,10 +209,13 @@ def _held_out_rows(subject: Subject, required: bool, config: Path | None) -> Dat
             "(--prompts)"
         )
     if rows is not None:
-        folder = Path(subject.cfg.output_dir)
-        if config is None or not names_others(read_yaml(config), folder):
-            check_held_out(rows, folder)
-        warn_of_others(rows, folder, dict.fromkeys(a.folder for a in subject.adapters.values()))
+        folders = list(dict.fromkeys(a.folder for a in subject.adapters.values()))
+        # of several runs one may have held out these rows; the others may have been trained on some
+        mark = prompts_digest(rows)
+        own = next((f for f in folders if recorded_held_out(f)[1] == mark), folders[0])
+        if config is None or not names_others(read_yaml(config), own):
+            check_held_out(rows, own)
+        warn_of_others(rows, own, folders)
     return rows
 
 

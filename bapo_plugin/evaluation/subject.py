@@ -21,6 +21,7 @@ from bapo_plugin.compat import keep_4bit_trainable_on_cpu, only_reading
 from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.evaluation.refusals import (
     LOADED,
+    has_weights,
     model_is_found,
     must_be_alike,
     must_be_finite,
@@ -171,6 +172,8 @@ def load_adapters(
         pairs = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
         raise ValueError(f"the adapters belong to different models ({pairs}); evaluate them apart")
     base = bases[str(first)]
+    for folder in adapters.values():
+        has_weights(folder, base)
     records = {f: config for f in (first, *others) if (config := recorded_config(f))}
     if records:
         recorded, config = next(iter(records.items()))

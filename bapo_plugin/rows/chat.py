@@ -30,8 +30,8 @@ class ChatRows:
         conversation = read_conversation(row, self._fields)
         base = read_base(row, self._fields, conversation.history)
         rendered = self._template.render(conversation, base)
-        # equal, since a template's own message may hold the most common one
-        told = [m["content"].strip() for m in conversation.history if m["role"] == "system"]
+        # in the row's own messages, since a template's may hold the most common one
+        told = "\n".join(m["content"] for m in conversation.history)
         check_system(row, told.__contains__, self._fields.system)
         order = odd_order(conversation.history)
         found = (

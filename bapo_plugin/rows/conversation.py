@@ -129,7 +129,7 @@ def read_conversation(row: Mapping[str, Any], fields: Fields) -> Conversation:
             raise RowError(f"system is {kind_of(text)} (column {fields.system!r}); it must be text")
         if history[0]["role"] != "system":
             history = [{"role": "system", "content": text}, *history]
-        elif history[0]["content"].strip() != text.strip():
+        elif text.strip() not in history[0]["content"]:
             raise RowError(
                 f"the column {fields.system!r} holds a system message ({text.strip()[:60]!r}), and the messages begin with another "
                 f"one ({history[0]['content'].strip()[:60]!r}); leave one of the two, or remove `field_system:`"

@@ -6,6 +6,7 @@ Where keys differ it keeps JSON, with ten decimals of a number. Text passes as i
 that has tools and arguments as JSON text, the form of OpenAI's API.
 """
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -88,7 +89,8 @@ def _files(entry: Mapping[str, Any]) -> tuple[list[Path], bool]:
     named = local_files(entry)
     if isinstance(given, list) and given and len(named) == len(given):
         return named, True
-    return sorted({*named, *place.rglob("*.*json*")}), False
+    found = sorted({*named, *place.rglob("*.*json*")})
+    return found, len(found) == 1
 
 
 def _cause(tools: str) -> str:
@@ -130,8 +132,9 @@ def _copy(path: Path, wanted: list[str], name: str) -> Path:
 def _rows(path: Path, wanted: list[str], name: str) -> Iterator[dict[str, Any]]:
     """Of a list, or of an object on each line."""
     read = json.JSONDecoder(object_pairs_hook=distinct).decode
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             is_list = file.read(100).lstrip().startswith("[")
             file.seek(0)
             found: Iterable = read(file.read()) if is_list else map(read, filter(str.strip, file))

@@ -82,7 +82,7 @@ def check_system(
     """Refuse a column with a system message that the prompt lacks.
 
     Args:
-        arrives: whether the prompt has these words, without white space around them, as its system message.
+        arrives: whether the prompt has these words, without white space around them.
         used: the column that the format takes.
 
     Raises:
@@ -116,10 +116,21 @@ def check_words_alone(parts: Mapping[str, Any], row: Mapping[str, Any], tools: s
     for name, value in parts.items():
         for message in value if isinstance(value, list) else [value]:
             for key in ("tool_calls", *REASONING):
-                if isinstance(message, Mapping) and message.get(key):
+                held = message.get(key) if isinstance(message, Mapping) else None
+                if _objects(held) if key == "tool_calls" else held and str(held).strip():
                     raise RowError(f"a message of {name} holds {key}, {remedy}")
-    if row.get(tools) and row[tools] not in ("[]", "null"):
+    if _objects(row.get(tools)):
         raise RowError(f"the column {tools!r} holds tools, {remedy}, or remove the column")
+
+
+def _objects(value: Any) -> Any:
+    """A list or object that isn't empty, also one that is written as JSON; words are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list | Mapping) else None
 
 
 def odd_order(history: Sequence[Message]) -> str:

@@ -86,6 +86,13 @@ class RunRecord(TrainerCallback):
         text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
         write_whole(Path(args.output_dir) / RECORD, text, ELSEWHERE)
 
+    def on_save(self, args, state, control, **kwargs):
+        """A log without entries is the same in every run: what this one has just written is its own."""
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
+        if self._others and path.is_file() and (own := log_digest(path)) in self._others:
+            self._others.remove(own)
+            self._write_record(args, state)
+
     def on_log(self, args, state, control, **kwargs):
         # `axolotl evaluate` logs too, and would put its one entry in place of the run's
         if self.is_under_way and time.monotonic() > self._due:

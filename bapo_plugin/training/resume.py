@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from bapo_plugin import base_weights
 from bapo_plugin.rows.columns import IDS
-from bapo_plugin.runs import RECORD, is_finished, log_digest
+from bapo_plugin.runs import RECORD, is_finished, log_digest, weights_digest
 from bapo_plugin.training.checkpoints import whole_checkpoint
 from bapo_plugin.training.outputs import tell_what_is_overwritten
 
@@ -48,7 +48,8 @@ _ADAPTER = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
-_BASE, _DIGEST = "base_model", "base_weights"
+# what names files -> key of the digest of what is in them, which decides where it is known
+_BY_DIGEST = {"base_model": "base_weights", "lora_model_dir": "lora_weights"}
 
 
 def begin(trainer: "BAPOTrainer", wanted: str | bool | None) -> str | bool | None:
@@ -143,8 +144,8 @@ def trained_with(trainer: "BAPOTrainer") -> dict[str, Any]:
     revision = getattr(config, "_commit_hash", None)
     adapters = getattr(model, "peft_config", {}) if is_peft_model(model) else {}
     found: dict[str, Any] = {
-        _BASE: str(Path(name).resolve()) if name and Path(name).is_dir() else name,
-        _DIGEST: base_weights.digest(base_weights.folder_of(name, revision)),
+        "base_model": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "base_weights": base_weights.digest(base_weights.folder_of(name, revision)),
         "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)),
         "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
         "adapter": None,
@@ -159,8 +160,13 @@ def trained_with(trainer: "BAPOTrainer") -> dict[str, Any]:
         start = getattr(args, "bapo_adapter_dir", None)
         found["adapter"] = str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower()
         found["lora_model_dir"] = start and str(Path(start).resolve())
+        found["lora_weights"] = start and weights_digest(Path(start))
         found |= {key: getattr(adapter, part, None) for key, part in _ADAPTER.items()}
-    found |= {f"bapo.{key}": v for key, v in trainer.bapo.model_dump(exclude=_FREE).items()}
+    block = trainer.bapo.model_dump(exclude={*_FREE, "keep"})
+    found |= {f"bapo.{key}": value for key, value in block.items()}
+    # its prompts are those of the digest below
+    keep = trainer.bapo.keep
+    found["bapo.keep"] = keep and keep.model_dump(exclude={"prompts"})
     found["datasets (training rows)"] = _described(trainer.train_dataset, IDS)
     kept = trainer.keeper.rows if trainer.keeper is not None else None
     found["bapo.keep.prompts (with answers)"] = kept and _described(kept, kept.column_names)
@@ -185,22 +191,23 @@ def _refuse_changes(trainer: "BAPOTrainer", checkpoint: Path) -> None:
                 f"{record} doesn't say what {checkpoint.name} was trained with: whether this run trains the same isn't known"
             )
         return
-    now = trainer.record.trained
-    changed = [
-        f"{key} was {before[key]!r} and is {now[key]!r}"
-        for key in now
-        if key in before and key not in (_BASE, _DIGEST) and before[key] != now[key]
-    ]
-    weights = before.get(_DIGEST), now[_DIGEST]
-    if None in weights:
-        if before.get(_BASE) != now[_BASE]:
-            changed.insert(0, f"{_BASE} was {before.get(_BASE)!r} and is {now[_BASE]!r}")
-    elif weights[0] != weights[1]:  # a folder that moved has the same
-        changed.insert(
-            0,
-            f"{_BASE} was {before[_BASE]!r} (weights {weights[0]}) and is {now[_BASE]!r} (weights {weights[1]})",
-        )
+    now, changed = trainer.record.trained, []
+    for key in now.keys() & before.keys() - set(_BY_DIGEST.values()):
+        was, its = before[key], now[key]
+        if mark := _BY_DIGEST.get(key):
+            weights = before.get(mark), now.get(mark)
+            if None not in weights:  # a folder that moved has the same
+                if weights[0] != weights[1]:
+                    texts = [
+                        f"{name!r} (weights {w})"
+                        for name, w in zip((was, its), weights, strict=True)
+                    ]
+                    changed.append(f"{key} was {texts[0]} and is {texts[1]}")
+                continue
+        if was != its:
+            changed.append(f"{key} was {was!r} and is {its!r}")
     if changed:
+        changed.sort()
         raise ValueError(
             f"{checkpoint} was trained with other settings, and going on from it would record what it wasn't trained with: "
             f"{'; '.join(changed)}. Set that back, name another output_dir, or train from the start "
@@ -212,6 +219,13 @@ def _refuse_beyond_the_end(trainer: "BAPOTrainer", checkpoint: Path) -> None:
     """A checkpoint that has more steps than are asked for is no end of this run."""
     folder = Path(trainer.args.output_dir)
     planned, step = planned_steps(trainer), _step(checkpoint)
+    epochs, wanted = _state(checkpoint).get("epoch"), trainer.args.num_train_epochs
+    if step > planned and not _own_max_steps(trainer) and epochs and epochs < wanted - 1e-3:
+        raise ValueError(
+            f"{checkpoint} has {step} steps and {epochs:g} epochs of the {wanted:g} that num_epochs asks for, and this run has "
+            f"{planned} steps in all, since more rows are in each: steps can't be told from epochs. Set micro_batch_size and "
+            "gradient_accumulation_steps back, or train from the start in another output_dir"
+        )
     is_here = checkpoint.resolve().parent == folder.resolve()
     if step < planned or (is_here and (step == planned or is_finished(folder))):
         return
@@ -222,15 +236,23 @@ def _refuse_beyond_the_end(trainer: "BAPOTrainer", checkpoint: Path) -> None:
 
 
 def _plan(trainer: "BAPOTrainer") -> str:
-    args = trainer.args
-    if args.max_steps > 0:
-        return f"max_steps: {args.max_steps}"
-    return f"num_epochs: {args.num_train_epochs:g} ({planned_steps(trainer)} steps)"
+    if steps := _own_max_steps(trainer):
+        return f"max_steps: {steps}"
+    return f"num_epochs: {trainer.args.num_train_epochs:g} ({planned_steps(trainer)} steps)"
+
+
+def _own_max_steps(trainer: "BAPOTrainer") -> int | None:
+    """Those of the user: axolotl makes some of the epochs."""
+    steps = trainer.record.config.get("max_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _step(checkpoint: Path) -> int:
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    return int(state.get("global_step") or 0)
+    return int(_state(checkpoint).get("global_step") or 0)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
 
 
 def _described(rows: Dataset, columns: Any) -> str:

@@ -12,7 +12,7 @@ from tiny import make_rows, save_model, write_jsonl
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from bapo_plugin import BAPOConfig, BAPOTrainer
+from bapo_plugin import BAPOConfig, BAPOTrainer, base_weights
 from bapo_plugin.cli import app
 from bapo_plugin.prepare import prepare_rows
 from bapo_plugin.rows.held_out import prompts_digest
@@ -383,6 +383,37 @@ def test_a_yaml_of_another_model_is_refused(moved):
         assert (
             f"was trained on {moved / 'model'}" in said and f"base_model: {moved / 'other'}" in said
         )
+
+
+def test_a_copy_of_the_model_is_the_model_and_other_weights_in_its_place_are_not(moved):
+    digest = base_weights.digest(moved / "model")
+    for name in ("dpo", "bapo"):
+        edit(moved / name / "bapo_run.json", lambda r: r.update(trained={"base_weights": digest}))
+    shutil.copytree(moved / "model", moved / "copy")
+    config = write_config(moved, base_model=str(moved / "copy"), output_dir=str(moved / "bapo"))
+    code, said = evaluated(config, moved / "bapo", "--no-probe")
+    assert code == 0, said
+    save_model(moved / "other", "llama", seed=3)
+    shutil.copy(moved / "other/model.safetensors", moved / "model")
+    for targets in ([moved / "bapo"], [write_config(moved), moved / "bapo"]):
+        code, said = evaluated(*targets, "--no-probe")
+        assert code == 2 and "has other weights (digest" in said and f"(digest {digest})" in said
+
+
+def test_an_adapter_that_names_a_model_from_elsewhere_takes_that_of_the_yaml(moved):
+    (moved / "dpo/bapo_run.json").unlink()
+    edit(moved / "dpo/adapter_config.json", lambda c: c.update(base_model_name_or_path="model"))
+    code, said = evaluated(write_config(moved), moved / "dpo", "--no-probe")
+    assert code == 0, said
+
+
+def test_held_out_rows_are_those_of_the_run_that_is_evaluated(moved):
+    """The YAML's output_dir may be another run's."""
+    edit(moved / "dpo/bapo_run.json", lambda record: record.update(held_out="0" * 32))
+    config = write_config(moved, output_dir=str(moved / "dpo"))
+    assert evaluated(config, moved / "bapo", "--no-probe")[0] == 0
+    code, said = evaluated(config, moved / "dpo", "--no-probe")
+    assert code == 2 and f"training in {moved / 'dpo'} held out" in said
 
 
 def test_a_model_that_moved_is_said_and_a_yaml_says_where_to(moved):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from datasets import Dataset
 from helpers import bapo_trainer, fresh_lora, training_args
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_model, make_rows, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM
@@ -100,6 +101,63 @@ def test_another_base_is_refused_and_one_that_moved_is_not(tmp_path):
     assert again.state.global_step == 3
     with pytest.raises(ValueError, match=r"base_model was '.*moved' \(weights \w+\) and is '.*oth"):
         trainer("other", 4).train(resume_from_checkpoint=True)
+
+
+def test_the_adapter_to_start_from_is_known_by_its_weights(tmp_path):
+    start = tmp_path / "start"
+    trained(tmp_path / "first").model.save_pretrained(str(start))
+    shutil.copytree(start, tmp_path / "moved")
+
+    def trainer(place, steps):
+        model = PeftModel.from_pretrained(
+            make_model(vocab_size=len(make_tokenizer())), place, is_trainable=True
+        )
+        found = bapo_trainer(tmp_path, model, rows=make_rows(12), **(SAVED | {"max_steps": steps}))
+        found.args.bapo_adapter_dir = str(place)
+        return found
+
+    trainer(start, 2).train()
+    again = trainer(tmp_path / "moved", 3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    shutil.copy(tmp_path / "out/checkpoint-2/adapter_model.safetensors", tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"lora_model_dir was .*moved' \(weights \w+\) and is "):
+        trainer(tmp_path / "moved", 4).train(resume_from_checkpoint=True)
+
+
+def test_kept_prompts_are_known_by_what_they_are(tmp_path):
+    kept = Dataset.from_list([{"prompt_ids": [5, 6], "base_ids": [7, 8]}])
+    for name, steps in (("x.jsonl", 2), ("/elsewhere/x.jsonl", 3)):
+        keep = {"keep": {"prompts": name}}
+        trainer = bapo_trainer(
+            *(tmp_path, None, make_rows(12), keep),
+            keep_dataset=kept,
+            **(SAVED | {"max_steps": steps}),
+        )
+        trainer.train(resume_from_checkpoint=steps > 2)
+    assert trainer.state.global_step == 3
+
+
+def test_larger_batches_are_no_reason_to_train_nothing(tmp_path):
+    """More epochs, and fewer steps all the same."""
+    settings = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2}
+    trained(tmp_path, **settings)
+    settings |= {"num_train_epochs": 3, "per_device_train_batch_size": 4}
+    again = bapo_trainer(tmp_path, rows=make_rows(12), **(SAVED | settings))
+    with pytest.raises(ValueError, match="12 steps and 2 epochs of the 3 .* 9 steps in all, since"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_a_log_is_that_of_who_wrote_it_last(tmp_path):
+    quiet = {"logging_steps": 100, "max_steps": 3}
+    trained(tmp_path, **quiet)
+    trained(tmp_path, **quiet, learning_rate=1e-3)
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    again = bapo_trainer(
+        tmp_path, rows=make_rows(12), **(SAVED | quiet | {"max_steps": 4, "learning_rate": 1e-3})
+    )
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
 
 
 def test_what_may_change_when_training_goes_on(tmp_path):

@@ -78,6 +78,8 @@ def test_a_system_column_is_used_or_refused():
     assert read(row, {"field_system": "rule"}).history == [system("be kind"), user("why blue?")]
     own = [system("be kind "), user("why")]
     assert read(row, {"field_system": "rule"}, messages=own).history == own
+    own = [system("be kind\nand brief"), user("why")]
+    assert read(row, {"field_system": "rule"}, messages=own).history == own
     own = [system("own"), user("why")]
     with pytest.raises(RowError, match="column 'rule' .*'be kind'.* begin with another one .'own'"):
         read(row, {"field_system": "rule"}, messages=own)

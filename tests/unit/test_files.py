@@ -1,5 +1,6 @@
 """Files of rows that can't be read, or would lose words: the error names the line; those that are only unusual are read."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -188,6 +189,11 @@ def test_tools_and_calls_of_a_folder(tmp_path, monkeypatch):
     entry = {"data_files": files, "ds_type": "json"}
     found = read_calls(tmp_path, monkeypatch, None, "rows", **entry)
     assert json.dumps(found) == json.dumps(said_by([other, CALLS[0]]))
+    (folder / "one.jsonl").rename(tmp_path / "one.jsonl")
+    assert json.dumps(read_calls(tmp_path, monkeypatch, None, "rows")) == json.dumps(
+        said_by([other])
+    )
+    (tmp_path / "one.jsonl").rename(folder / "one.jsonl")
     with pytest.raises(ValueError, match="in a folder .*; name the file itself with `path:`"):
         read_calls(tmp_path, monkeypatch, None, "rows")
     for i, name in enumerate(("one", "two")):
@@ -195,6 +201,12 @@ def test_tools_and_calls_of_a_folder(tmp_path, monkeypatch):
         (folder / f"{name}.jsonl").write_text(lines(row), encoding="utf-8")
     found = read_calls(tmp_path, monkeypatch, None, "rows")
     assert [arguments for _, _, arguments in found] == [[{"n": 1.0}], [{"n": 1.0}]]
+
+
+def test_tools_and_calls_of_a_packed_file(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(*CALLS[:2]).encode()))
+    found = read_calls(tmp_path, monkeypatch, None, "rows.jsonl.gz", ds_type="json")
+    assert json.dumps(found) == json.dumps(said_by(CALLS[:2]))
 
 
 def test_what_has_types_of_its_own_stays(tmp_path, monkeypatch):

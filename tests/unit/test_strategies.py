@@ -229,8 +229,11 @@ def test_what_a_format_would_leave_out_is_refused(change, match):
         reader(strategy_of("chatml.argilla_chat", {}), words=Words(tokenizer))(
             conversation(CHOSEN) | change
         )
-    row = conversation(CHOSEN) | {"tools": "[]", "base": assistant("one") | {"tool_calls": []}}
-    assert reader(strategy_of("chatml.argilla_chat", {}), words=Words(tokenizer))(row).base
+    for tools in (None, [], "[]", " [ ]", "{}", "null", "None", "a hammer"):
+        base = assistant("one") | {"tool_calls": "[]", "reasoning": " "}
+        row = conversation(CHOSEN) | {"tools": tools, "base": base | {"tool_calls": []}}
+        row["chosen"][-1] |= {"tool_calls": "[]", "reasoning": " "}
+        assert reader(strategy_of("chatml.argilla_chat", {}), words=Words(tokenizer))(row).base
 
 
 def test_empty_system_message_is_fine():

@@ -434,6 +434,12 @@ def test_a_system_message_within_that_of_the_template_is_not_there():
     assert "You are Qwen" in read(row_of([user("why")])).prompt
     with pytest.raises(RowError, match="column 'system' holds a system message"):
         read(row_of([user("why")]) | {"system": "You are a helpful assistant."})
+    # where there is no role for it, the user says it
+    for history in (
+        [user("be plain\n\nwhy")],
+        [{"role": "system", "content": "be plain\nhm"}, user("why")],
+    ):
+        assert read(row_of(history) | {"system": "be plain "})
 
 
 @pytest.mark.parametrize(

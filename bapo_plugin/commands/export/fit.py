@@ -7,7 +7,7 @@ from typing import Any
 
 from bapo_plugin import base_weights
 from bapo_plugin.commands.export.source import Source
-from bapo_plugin.runs import RECORD
+from bapo_plugin.runs import recorded_base_weights
 
 _SIZES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -40,12 +40,11 @@ def check_base(source: Source) -> None:
             raise ValueError(
                 f"base model: {source.base} has {key} {now[key]!r}, and the adapter was trained on one with {before[key]!r}. {remedy}"
             )
-    trained = _read(_find(source.folder, RECORD)).get("trained")
-    known = trained.get("base_weights") if isinstance(trained, Mapping) else None
+    known = recorded_base_weights(source.folder)
     if known and (found := base_weights.digest(base)) and found != known:
         raise ValueError(
-            f"base model: {source.base} has other weights (digest {found}) than the model that the adapter was trained on "
-            f"({trained.get('base_model')}, digest {known}). {remedy}"
+            f"base model: {source.base} has other weights (digest {found}, of bf16 or fp32) than the model that the adapter was "
+            f"trained on (digest {known}). {remedy}"
         )
 
 

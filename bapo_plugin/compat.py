@@ -116,7 +116,6 @@ TOUCHED = {
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "scoring/shared_prefix.py puts a layer over",
     "transformers.trainer.TRAINER_STATE_NAME": "training/checkpoints.py tells whole checkpoints by",
     "transformers.trainer_utils.TrainOutput": "training/resume.py says in that nothing was to be trained",
-    "transformers.PretrainedConfig._commit_hash": "training/resume.py knows a model's revision by",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "training/checkpoints.py finds checkpoints by",
     "transformers.utils.hub.extract_commit_hash": "anchors/provenance.py names a model's revision by",
     "axolotl.cli.config.load_cfg": "commands read a configuration with",

@@ -141,7 +141,7 @@ def trained_with(trainer: "BAPOTrainer") -> dict[str, Any]:
     model, args = trainer.model, trainer.args
     config = model.config
     name = str(config.name_or_path or "")
-    revision = getattr(config, "_commit_hash", None)
+    revision = trainer.record.config.get("revision_of_model")
     adapters = getattr(model, "peft_config", {}) if is_peft_model(model) else {}
     found: dict[str, Any] = {
         "base_model": str(Path(name).resolve()) if name and Path(name).is_dir() else name,

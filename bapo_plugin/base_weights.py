@@ -45,6 +45,31 @@ def digest(folder: Path | None) -> str | None:
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16] if found else None
 
 
+def must_be(known: str | None, base: str, place: Path | None, run: Path, remedy: str) -> bool:
+    """Compare a model with the one that a run was trained on.
+
+    Args:
+        known: the digest in the run's record; None where there is none.
+        base: name of the model, for messages.
+        place: its folder; None where it isn't on this machine.
+        run: folder of the run, for messages.
+        remedy: a sentence.
+
+    Returns:
+        Whether it is known to be the same.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    found = digest(place) if known else None
+    if found and found != known:
+        raise ValueError(
+            f"base model: {base} has other weights (digest {found}, of bf16 or fp32) than the model that {run} was trained on "
+            f"(digest {known}). {remedy}"
+        )
+    return found is not None
+
+
 def _files(folder: Path) -> list[Path]:
     """The model's own: other files may lie beside them."""
     index = folder / "model.safetensors.index.json"

@@ -122,6 +122,16 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"{path} {fault}; copy it again, or train again")
 
 
+def check_all_whole(folder: Path) -> None:
+    """`check_whole` of a model's files.
+
+    Raises:
+        ValueError: one isn't.
+    """
+    for path in folder.glob("*.safetensors"):
+        check_whole(path)
+
+
 def refuse_pickled(folder: str | Path) -> None:
     """
     Args:
@@ -140,19 +150,19 @@ def refuse_pickled(folder: str | Path) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run of ours has recorded here that training came to its end."""
-    return bool((_read(folder / RECORD) or {}).get("finished"))
+    return bool((read_if_sound(folder / RECORD) or {}).get("finished"))
 
 
 def unfinished(folder: Path) -> str | None:
     """What is to be said of an adapter whose training didn't come to its end; None where it did, or isn't known."""
-    record = _read(folder / RECORD)
+    record = read_if_sound(folder / RECORD)
     if record is None or record.get("finished", True):
         return None
     return f"The adapter in {folder} is unfinished: training {how_far(folder)}. {_go_on(folder)}"
 
 
 def how_far(folder: Path) -> str:
-    state = _read(folder / STATE) or {}
+    state = read_if_sound(folder / STATE) or {}
     step, last = state.get("global_step"), state.get("max_steps")
     if not step:
         return "has not written a step yet"
@@ -214,7 +224,7 @@ def recorded_held_out(folder: Path) -> tuple[int | None, str | None]:
 def recorded_base_weights(folder: Path) -> str | None:
     """The digest (`base_weights`) of the model that the run was trained on that wrote a folder; None where it isn't recorded."""
     place = _recorded_in(folder)
-    trained = (_read(place / RECORD) or {}).get("trained") if place else None
+    trained = (read_if_sound(place / RECORD) or {}).get("trained") if place else None
     return trained.get("base_weights") if isinstance(trained, dict) else None
 
 
@@ -302,7 +312,7 @@ def base_model(folder: Path) -> str:
 
 def base_of(folder: Path) -> dict[str, Any] | None:
     """As a configuration, the model that an adapter without the record of a run names."""
-    name = (_read(folder / _SETTINGS) or {}).get("base_model_name_or_path")
+    name = (read_if_sound(folder / _SETTINGS) or {}).get("base_model_name_or_path")
     return {"base_model": name} if name else None
 
 
@@ -355,7 +365,8 @@ def secrets_in(value: Any, key: str = "") -> list[str]:
     return found or [key]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_if_sound(path: Path) -> dict[str, Any] | None:
+    """An object; None where there is no file, or one that can't be read."""
     try:
         return read_json(path, "")
     except ValueError:

@@ -15,7 +15,7 @@ from bapo_plugin.files import of_the_disk
 from bapo_plugin.rows.held_out import prompts_digest
 from bapo_plugin.runs import (
     base_model,
-    check_whole,
+    check_all_whole,
     differing,
     is_hub_name,
     is_there,
@@ -39,8 +39,7 @@ def model_is_found(base: str, by: str) -> Iterator[None]:
     Raises:
         ValueError: there is no such folder, and the hub doesn't give it; or its weights are damaged.
     """
-    for path in Path(base).glob("*.safetensors") if Path(base).is_dir() else ():
-        check_whole(path)
+    check_all_whole(Path(base))  # of a name at the hub there is nothing to check
     try:
         yield
     except OSError as error:
@@ -59,12 +58,12 @@ def must_be_of(folder: Path, given: Mapping[str, Any], name: str) -> None:
         ValueError: an adapter was trained on another model than a YAML names, or in another setting.
     """
     base, named = base_model(folder), str(given.get("base_model") or "")
-    is_same = has_weights(folder, named, given.get("revision_of_model"))
+    is_same = has_its_weights(folder, named, given.get("revision_of_model"))
     # of a folder that has moved, or that an adapter alone names from where it was, the YAML says where it is
     are_known = (is_there(base) or is_hub_name(base)) and not (
         is_hub_name(base) and is_there(named)
     )
-    if is_same is None and base and are_known and not same_place(base, named):
+    if not is_same and base and are_known and not same_place(base, named):
         raise ValueError(
             f"{folder} was trained on {base}, but {name} has base_model: {named}; evaluate it by itself, without this YAML. If {base} "
             "has moved there, write that into adapter_config.json (base_model_name_or_path)"
@@ -75,22 +74,15 @@ def must_be_of(folder: Path, given: Mapping[str, Any], name: str) -> None:
         must_be_alike(name, given, folder, recorded, ("the model", *LOADED), remedy)
 
 
-def has_weights(folder: Path, base: str, revision: str | None = None) -> bool | None:
-    """Whether a model is the one that an adapter was trained on, by its weights; None where that isn't known.
+def has_its_weights(folder: Path, base: str, revision: str | None = None) -> bool:
+    """Whether a model is known by its weights to be the one that an adapter was trained on.
 
     Raises:
         ValueError: it is another one.
     """
-    known = recorded_base_weights(folder)
-    found = known and base_weights.digest(base_weights.folder_of(base, revision))
-    if not found:
-        return None
-    if found != known:
-        raise ValueError(
-            f"base model: {base} has other weights (digest {found}, of bf16 or fp32) than the model that {folder} was trained on "
-            f"(digest {known}). Restore it, or name a YAML with the right base_model before the folder"
-        )
-    return True
+    remedy = "Restore it, or name a YAML with the right base_model before the folder"
+    place = base_weights.folder_of(base, revision)
+    return base_weights.must_be(recorded_base_weights(folder), base, place, folder, remedy)
 
 
 def must_be_alike(

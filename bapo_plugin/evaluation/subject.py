@@ -21,7 +21,7 @@ from bapo_plugin.compat import keep_4bit_trainable_on_cpu, only_reading
 from bapo_plugin.config import is_active, parse_block
 from bapo_plugin.evaluation.refusals import (
     LOADED,
-    has_weights,
+    has_its_weights,
     model_is_found,
     must_be_alike,
     must_be_finite,
@@ -173,7 +173,7 @@ def load_adapters(
         raise ValueError(f"the adapters belong to different models ({pairs}); evaluate them apart")
     base = bases[str(first)]
     for folder in adapters.values():
-        has_weights(folder, base)
+        has_its_weights(folder, base)
     records = {f: config for f in (first, *others) if (config := recorded_config(f))}
     if records:
         recorded, config = next(iter(records.items()))

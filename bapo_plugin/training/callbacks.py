@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from bapo_plugin import __version__
 from bapo_plugin.files import whole, write_whole
 from bapo_plugin.rows.held_out import prompts_digest
-from bapo_plugin.runs import RECORD, STATE, log_digest, without_secrets
+from bapo_plugin.runs import RECORD, STATE, log_digest, read_if_sound, without_secrets
 from bapo_plugin.training.outputs import ELSEWHERE
 
 if TYPE_CHECKING:
@@ -141,16 +141,11 @@ def logs_of_others(folder: Path, step: int) -> list[str]:
     """
     found = []
     if step:
-        try:
-            found = json.loads((folder / RECORD).read_text("utf-8")).get("logs_of_others") or []
-        except (OSError, ValueError, AttributeError):
-            found = []
+        found = (read_if_sound(folder / RECORD) or {}).get("logs_of_others") or []
     for path in [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]:
-        try:
-            is_later = json.loads(path.read_text("utf-8"))["global_step"] > step
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it isn't read by others either
-        if is_later:
+        # what can't be read isn't read by others either
+        its = (read_if_sound(path) or {}).get("global_step")
+        if isinstance(its, int) and its > step:
             found.append(log_digest(path))
     return sorted(set(found))
 

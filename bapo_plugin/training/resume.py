@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from bapo_plugin import base_weights
 from bapo_plugin.rows.columns import IDS
-from bapo_plugin.runs import RECORD, is_finished, log_digest, weights_digest
+from bapo_plugin.runs import RECORD, is_finished, log_digest, read_if_sound, weights_digest
 from bapo_plugin.training.checkpoints import whole_checkpoint
 from bapo_plugin.training.outputs import tell_what_is_overwritten
 
@@ -175,10 +175,7 @@ def trained_with(trainer: "BAPOTrainer") -> dict[str, Any]:
 
 def _refuse_changes(trainer: "BAPOTrainer", checkpoint: Path) -> None:
     record = checkpoint.resolve().parent / RECORD
-    try:
-        content = dict(json.loads(record.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        content = {}
+    content = read_if_sound(record) or {}
     if log_digest(checkpoint / TRAINER_STATE_NAME) in (content.get("logs_of_others") or []):
         raise ValueError(
             f"{checkpoint} is of an earlier run in this folder, and not of the one that {record.name} there tells of; remove it, or "

@@ -1,13 +1,12 @@
 """Whether the base below an adapter is the model that the adapter was trained on: another of the same shape takes it too."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bapo_plugin import base_weights
 from bapo_plugin.commands.export.source import Source
-from bapo_plugin.runs import recorded_base_weights
+from bapo_plugin.runs import read_if_sound, recorded_base_weights
 
 _SIZES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -41,11 +40,7 @@ def check_base(source: Source) -> None:
                 f"base model: {source.base} has {key} {now[key]!r}, and the adapter was trained on one with {before[key]!r}. {remedy}"
             )
     known = recorded_base_weights(source.folder)
-    if known and (found := base_weights.digest(base)) and found != known:
-        raise ValueError(
-            f"base model: {source.base} has other weights (digest {found}, of bf16 or fp32) than the model that the adapter was "
-            f"trained on (digest {known}). {remedy}"
-        )
+    base_weights.must_be(known, source.base, base, source.folder, remedy)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -55,15 +50,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _sizes(path: Path) -> dict[str, Any]:
-    config = _read(path)
+    config = read_if_sound(path) or {}
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, Mapping) else config
     return {key: text[key] for key in _SIZES if text.get(key) is not None}
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, Mapping) else {}

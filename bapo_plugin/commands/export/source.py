@@ -12,7 +12,7 @@ from bapo_plugin.runs import (
     adapter_settings,
     base_model,
     check_adapter,
-    check_whole,
+    check_all_whole,
     has_adapter,
     is_finished,
     is_hub_name,
@@ -121,8 +121,7 @@ class Source:
             raise ValueError(
                 f"base model: {folder} has no config.json; name its folder with --base"
             )
-        for path in folder.glob("*.safetensors"):
-            check_whole(path)
+        check_all_whole(folder)
         return folder
 
     def _cached(self) -> Path:
@@ -183,8 +182,7 @@ def read_source(target: Path, base: str | None = None) -> Source:
     folder = _output_dir(target) if target.suffix in (".yml", ".yaml") else target
     config = recorded_config(folder) or {}
     if not has_adapter(folder) and _is_whole(folder):
-        for path in folder.glob("*.safetensors"):
-            check_whole(path)
+        check_all_whole(folder)
         return Source(folder, None, config, str(folder), None)
     check_adapter(folder)
     adapter = adapter_settings(folder)
